@@ -1,0 +1,186 @@
+//! The gradients of both ops: the hidden layer computed again, its elementwise parts in one pass, the products by
+//! candle's matmul.
+
+use crate::cpu::{Element, Real};
+use crate::parameters::{assemble, Projection};
+use crate::Activation;
+use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Module, Result, Shape, Tensor};
+use candle_nn::Linear;
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+type Gradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
+
+/// The gradients of x and of the two layers' arguments, each `None` where it is not tracked.
+///
+/// With `p = x Wᵀ + b` for the gate and up, `h = act(gate) · up` (`act(fc1)` in a plain MLP) and `y = h Wdᵀ + bd`:
+///
+/// - `dh = dy Wd`, `dWd = dyᵀ h`, `dbd = Σ dy` over the tokens
+/// - `d gate = dh · up · act'(gate)`, `d up = dh · act(gate)`
+/// - `dW = dpᵀ x`, `db = Σ dp` over the tokens, `dx = Σ dp W` over the projections
+///
+/// Nothing is computed that no tracked tensor asks for.
+///
+/// # Errors
+/// Those of the candle ops.
+pub(crate) fn gradients(
+    activation: Activation,
+    (xs, first, second): (&Tensor, &[Projection], &[Projection]),
+    (first_argument, second_argument): (&Tensor, &Tensor),
+    out_gradient: &Tensor,
+) -> Result<Gradients> {
+    // candle hands over a detached gradient unless CANDLE_GRAD_DO_NOT_DETACH asks for gradients of gradients. Only
+    // then the graph of this pass is wanted; keeping it otherwise would keep every hidden layer in memory.
+    let plain = |t: &Tensor| if out_gradient.track_op() { t.clone() } else { t.detach() };
+    let (xs, tracks_xs) = (plain(xs), xs.track_op());
+    let linears = |projections: &[Projection], argument: &Tensor| {
+        let argument = plain(argument);
+        projections.iter().map(|p| p.map(|slot| slot.tensor(&argument))).collect::<Result<Vec<_>>>()
+    };
+    let (first_tensors, second_tensors) = (linears(first, first_argument)?, linears(second, second_argument)?);
+    let (down, tracks_down) = (&second_tensors[0], &second[0]);
+
+    let hidden_size = xs.dims().last().copied().unwrap_or(1);
+    let rows = |t: &Tensor, cols: usize| t.reshape((t.elem_count() / cols.max(1), cols));
+    let flat_xs = rows(&xs, hidden_size)?;
+    let dy = rows(out_gradient, down.weight.dim(0)?)?;
+
+    let preactivations = first_tensors
+        .iter()
+        .map(|p| Linear::new(p.weight.clone(), p.bias.clone()).forward(&flat_xs))
+        .collect::<Result<Vec<_>>>()?;
+    let dh = dy.matmul(&down.weight)?;
+    let op = HiddenGradients { activation, gated: preactivations.len() == 2 };
+    let gate = &preactivations[0];
+    let hidden = gate.apply_op3(preactivations.get(1).unwrap_or(gate), &dh, op)?;
+
+    let second_gradients = vec![projection_gradients(tracks_down, &dy, || hidden.get(0))?];
+    let mut dxs: Option<Tensor> = None;
+    let mut first_gradients = Vec::with_capacity(first.len());
+    for (i, (slots, tensors)) in first.iter().zip(&first_tensors).enumerate() {
+        let dp = hidden.get(i + 1)?;
+        first_gradients.push(projection_gradients(slots, &dp, || Ok(flat_xs.clone()))?);
+        if tracks_xs {
+            let part = dp.matmul(&tensors.weight)?;
+            dxs = Some(match dxs {
+                None => part,
+                Some(sum) => (sum + part)?,
+            });
+        }
+    }
+    Ok((
+        dxs.map(|dxs| dxs.reshape(xs.shape())).transpose()?,
+        assemble(first_argument, first, first_gradients)?,
+        assemble(second_argument, second, second_gradients)?,
+    ))
+}
+
+/// The gradients of a projection's tracked parameters, given that of its output and (where asked for) its input.
+fn projection_gradients(
+    slots: &Projection,
+    output: &Tensor,
+    input: impl FnOnce() -> Result<Tensor>,
+) -> Result<Projection<Option<Tensor>>> {
+    let weight = if slots.weight.is_tracked() { Some(output.t()?.matmul(&input()?)?) } else { None };
+    let bias = match &slots.bias {
+        Some(slot) if slot.is_tracked() => Some(token_sum(output)?),
+        _ => None,
+    };
+    Ok(Projection { weight, bias: slots.bias.as_ref().map(|_| bias) })
+}
+
+/// The sum over the tokens of `[tokens, features]`, in f32 at least, rounded once.
+fn token_sum(xs: &Tensor) -> Result<Tensor> {
+    match xs.dtype() {
+        DType::F16 | DType::BF16 => xs.to_dtype(DType::F32)?.sum(0)?.to_dtype(xs.dtype()),
+        _ => xs.sum(0),
+    }
+}
+
+/// The elementwise part of the backward pass, in one reading of its inputs: from the gate's and up's preactivations
+/// and the hidden layer's gradient, all `[tokens, intermediate_size]`, to the stack of
+/// `[hidden, gate's gradient, up's gradient]` (plain MLP, where the second argument is not read: no third part).
+struct HiddenGradients {
+    activation: Activation,
+    gated: bool,
+}
+
+impl HiddenGradients {
+    fn parts(&self) -> usize {
+        if self.gated {
+            3
+        } else {
+            2
+        }
+    }
+
+    fn run<E: Element>(&self, gate: &[E], up: &[E], dh: &[E]) -> CpuStorage {
+        const BLOCK: usize = 1024;
+        let len = gate.len();
+        let mut out = vec![E::default(); self.parts() * len];
+        let (hidden, gradients) = out.split_at_mut(len);
+        let (d_gate, d_up) = gradients.split_at_mut(len);
+        let chunk = |values: &[E], start: usize| -> Vec<E::Sum> {
+            values[start..(start + BLOCK).min(len)].iter().map(|v| v.widen()).collect()
+        };
+        let block = |i: usize, hidden: &mut [E], d_gate: &mut [E], d_up: &mut [E]| {
+            let start = i * BLOCK;
+            let (mut act, dh) = (chunk(gate, start), chunk(dh, start));
+            let mut slope = act.clone();
+            self.activation.apply(&mut act);
+            self.activation.apply_slope(&mut slope);
+            let up = if self.gated { chunk(up, start) } else { vec![E::Sum::ONE; act.len()] };
+            for j in 0..act.len() {
+                hidden[j] = E::round(act[j] * up[j]);
+                d_gate[j] = E::round(dh[j] * up[j] * slope[j]);
+                if let Some(d_up) = d_up.get_mut(j) {
+                    *d_up = E::round(dh[j] * act[j]);
+                }
+            }
+        };
+        let blocks = hidden.par_chunks_mut(BLOCK).zip(d_gate.par_chunks_mut(BLOCK)).enumerate();
+        if self.gated {
+            blocks.zip(d_up.par_chunks_mut(BLOCK)).for_each(|((i, (h, g)), u)| block(i, h, g, u));
+        } else {
+            blocks.for_each(|(i, (h, g))| block(i, h, g, &mut []));
+        }
+        E::to_cpu_storage_owned(out)
+    }
+}
+
+impl CustomOp3 for HiddenGradients {
+    fn name(&self) -> &'static str {
+        "fused-mlp-hidden-gradients"
+    }
+
+    fn cpu_fwd(
+        &self,
+        gate: &CpuStorage,
+        gate_layout: &Layout,
+        up: &CpuStorage,
+        up_layout: &Layout,
+        dh: &CpuStorage,
+        dh_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let mut dims = vec![self.parts()];
+        dims.extend(gate_layout.dims());
+        let range = |layout: &Layout| match layout.contiguous_offsets() {
+            Some((start, end)) => Ok(start..end),
+            None => bail!("{}: expected contiguous arguments, found {layout:?}", self.name()),
+        };
+        let (g, u, d) = (range(gate_layout)?, range(up_layout)?, range(dh_layout)?);
+        macro_rules! run {
+            ($E:ty) => {
+                self.run(&gate.as_slice::<$E>()?[g], &up.as_slice::<$E>()?[u], &dh.as_slice::<$E>()?[d])
+            };
+        }
+        let out = match gate {
+            CpuStorage::F32(_) => run!(f32),
+            CpuStorage::F16(_) => run!(f16),
+            CpuStorage::BF16(_) => run!(bf16),
+            CpuStorage::F64(_) => run!(f64),
+            _ => bail!("{}: expected f32, f16, bf16 or f64", self.name()),
+        };
+        Ok((out, dims.into()))
+    }
+}

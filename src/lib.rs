@@ -1,0 +1,14 @@
+//! Fused MLPs for candle.
+#![deny(missing_docs)]
+#![warn(clippy::undocumented_unsafe_blocks)]
+
+mod activation;
+mod backward;
+pub mod cpu;
+mod nn;
+pub mod ops;
+mod parameters;
+pub mod reference;
+
+pub use activation::{Activation, IntoActivation};
+pub use parameters::{GateUp, PackedOrder};

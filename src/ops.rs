@@ -1,0 +1,278 @@
+//! The fused ops: a whole MLP as one candle op, differentiable.
+//!
+//! Both are `CustomOp3`s of x, the first layer's parameters and the second layer's (see the source of `parameters`
+//! for how several parameters travel as one argument). Weights are `[out_features, in_features]` as in
+//! [`candle_nn::Linear`], contiguous or with any other strides; x has any rank from 1 on, with any strides.
+//!
+//! Sums are kept in f32 (f64 for f64), and each layer rounds once, at its end: the hidden layer after activation and
+//! product, the output after its bias. The backward pass recomputes the hidden layer instead of storing it.
+
+use crate::backward;
+use crate::cpu;
+use crate::parameters::{pack, pack_gate_up, Matrix, Packed, Projection, Slot};
+use crate::{Activation, GateUp, IntoActivation};
+use candle_core::backend::BackendStorage;
+use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor};
+use candle_nn::Linear;
+use half::{bf16, f16};
+
+/// `y = act(x W1ᵀ + b1) W2ᵀ + b2` in one op.
+///
+/// `xs` is `[.., hidden_size]`, `fc1` `[intermediate_size, hidden_size]`, `fc2` `[out_features, intermediate_size]`;
+/// each bias is optional. The result is `[.., out_features]`. All are f32, f16, bf16 or f64, of one dtype and on one
+/// device.
+///
+/// # Errors
+/// A dtype, device, rank or size other than these; the message names the argument, what was expected and what came.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_fused_mlp::{ops::fused_mlp, Activation};
+/// use candle_nn::Linear;
+///
+/// let fc1 = Linear::new(Tensor::randn(0f32, 0.1, (128, 32), &Device::Cpu)?, None);
+/// let fc2 = Linear::new(Tensor::randn(0f32, 0.1, (32, 128), &Device::Cpu)?, None);
+/// let xs = Tensor::randn(0f32, 1., (2, 5, 32), &Device::Cpu)?;
+/// assert_eq!(fused_mlp(&xs, &fc1, &fc2, Activation::Gelu)?.dims(), &[2, 5, 32]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn fused_mlp(xs: &Tensor, fc1: &Linear, fc2: &Linear, activation: impl IntoActivation) -> Result<Tensor> {
+    let activation = activation.into_activation()?;
+    const OP: &str = "fused-mlp";
+    let check = Check { op: OP, xs };
+    let hidden_size = check.input()?;
+    let intermediate_size = check.linear("fc1", fc1, None, hidden_size)?;
+    check.linear("fc2", fc2, None, intermediate_size)?;
+    apply(OP, activation, xs, pack(&[fc1])?, pack(&[fc2])?)
+}
+
+/// `y = (act(x Wgᵀ + bg) · (x Wuᵀ + bu)) Wdᵀ + bd` in one op: SwiGLU with SiLU, GeGLU with GELU, ReGLU with ReLU.
+///
+/// `xs` is `[.., hidden_size]`, gate and up `[intermediate_size, hidden_size]` each or `[2 intermediate_size,
+/// hidden_size]` packed, `down` `[out_features, intermediate_size]`; each bias is optional. The result is
+/// `[.., out_features]`. All are f32, f16, bf16 or f64, of one dtype and on one device. (Shazeer, 2020, "GLU Variants
+/// Improve Transformer".)
+///
+/// # Errors
+/// A dtype, device, rank or size other than these; the message names the argument, what was expected and what came.
+pub fn fused_swiglu(xs: &Tensor, gate_up: &GateUp, down: &Linear, activation: impl IntoActivation) -> Result<Tensor> {
+    let activation = activation.into_activation()?;
+    const OP: &str = "fused-swiglu";
+    let check = Check { op: OP, xs };
+    let hidden_size = check.input()?;
+    let intermediate_size = match gate_up {
+        GateUp::Separate { gate, up } => {
+            let rows = check.linear("gate", gate, None, hidden_size)?;
+            check.linear("up", up, Some(rows), hidden_size)?
+        }
+        GateUp::Packed { linear, .. } => check.linear("packed gate and up", linear, None, hidden_size)? / 2,
+    };
+    check.linear("down", down, None, intermediate_size)?;
+    apply(OP, activation, xs, pack_gate_up(gate_up)?, pack(&[down])?)
+}
+
+/// The checks of one call's arguments.
+struct Check<'a> {
+    op: &'static str,
+    xs: &'a Tensor,
+}
+
+impl Check<'_> {
+    /// Checks x and returns its last dimension.
+    fn input(&self) -> Result<usize> {
+        let Self { op, xs } = self;
+        match xs.device() {
+            Device::Cpu => {}
+            other => bail!("{op}: xs: expected a tensor on the CPU, found one on {:?}", other.location()),
+        }
+        if !matches!(xs.dtype(), DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
+            bail!("{op}: xs: expected dtype f32, f16, bf16 or f64, found {}", xs.dtype().as_str());
+        }
+        match xs.dims().last() {
+            Some(&hidden_size) => Ok(hidden_size),
+            None => bail!("{op}: xs: expected at least one dimension, found a scalar"),
+        }
+    }
+
+    /// Checks a projection (of `rows` output features, if they are known) and returns its output features.
+    fn linear(&self, name: &str, linear: &Linear, rows: Option<usize>, cols: usize) -> Result<usize> {
+        let (op, weight) = (self.op, linear.weight());
+        self.same_kind(&format!("{name} weight"), weight)?;
+        let found = match (weight.dims(), rows) {
+            (&[r, c], None) if c == cols => r,
+            (&[r, c], Some(rows)) if c == cols && r == rows => r,
+            (dims, rows) => {
+                let rows = rows.map_or_else(|| "out_features".to_string(), |r| r.to_string());
+                bail!(
+                    "{op}: {name} weight: expected shape [{rows}, {cols}], found {dims:?} (xs is {:?})",
+                    self.xs.dims()
+                )
+            }
+        };
+        if let Some(bias) = linear.bias() {
+            self.same_kind(&format!("{name} bias"), bias)?;
+            if bias.dims() != [found] {
+                bail!("{op}: {name} bias: expected shape [{found}], found {:?}", bias.dims());
+            }
+        }
+        Ok(found)
+    }
+
+    fn same_kind(&self, name: &str, tensor: &Tensor) -> Result<()> {
+        let Self { op, xs } = self;
+        if tensor.dtype() != xs.dtype() {
+            bail!("{op}: {name}: expected dtype {} as xs has, found {}", xs.dtype().as_str(), tensor.dtype().as_str());
+        }
+        if tensor.device().location() != xs.device().location() {
+            bail!(
+                "{op}: {name}: expected a tensor on {:?} as xs is, found one on {:?}",
+                xs.device().location(),
+                tensor.device().location()
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Runs the op of these layers, recording it where an argument is tracked.
+fn apply(name: &'static str, activation: Activation, xs: &Tensor, first: Packed, second: Packed) -> Result<Tensor> {
+    let op = MlpOp { name, activation, first: first.projections, second: second.projections };
+    xs.apply_op3(&first.argument, &second.argument, op)
+}
+
+/// Both ops: the first layer has one projection (plain) or two (gate, then up), the second has one.
+struct MlpOp {
+    name: &'static str,
+    activation: Activation,
+    first: Vec<Projection>,
+    second: Vec<Projection>,
+}
+
+impl MlpOp {
+    fn cpu_fwd_of<E: cpu::Element>(
+        &self,
+        (xs, xs_layout): (&CpuStorage, &Layout),
+        first: (&CpuStorage, &Layout),
+        second: (&CpuStorage, &Layout),
+    ) -> Result<(CpuStorage, Shape)> {
+        let (first_sources, second_sources) = (sources(&self.first, first.1)?, sources(&self.second, second.1)?);
+        let (first, second) = (matrices::<E>(&first_sources, first.0)?, matrices::<E>(&second_sources, second.0)?);
+        let gathered;
+        let xs = xs.as_slice::<E>()?;
+        let xs = match flattened(xs_layout)? {
+            Some(layout) => Matrix::new(xs, &layout)?,
+            None => {
+                let (tokens, hidden_size) = tokens_of(xs_layout.shape())?;
+                gathered = cpu::gather(xs, xs_layout)?;
+                Matrix::new(&gathered, &Layout::contiguous((tokens, hidden_size)))?
+            }
+        };
+        let out_features = second[0].weight.rows;
+        let problem = cpu::Problem {
+            xs,
+            gate: first[0],
+            up: first.get(1).copied(),
+            down: second[0],
+            activation: self.activation,
+        };
+        let out = cpu::forward(self.name, &problem)?;
+        let mut dims = xs_layout.dims().to_vec();
+        if let Some(last) = dims.last_mut() {
+            *last = out_features;
+        }
+        Ok((E::to_cpu_storage_owned(out), dims.into()))
+    }
+}
+
+/// Where a layer's parameters lie, those that the op holds locked for reading.
+type Source<'a> = (Option<StorageRef<'a>>, Layout);
+
+fn sources<'a>(projections: &'a [Projection], argument: &Layout) -> Result<Vec<Projection<Source<'a>>>> {
+    let locate = |slot: &'a Slot| {
+        let (held, layout) = slot.locate(argument)?;
+        Ok((held.map(|tensor| tensor.storage_and_layout().0), layout))
+    };
+    projections.iter().map(|projection| projection.map(locate)).collect()
+}
+
+fn matrices<'a, E: cpu::Element>(
+    sources: &'a [Projection<Source<'a>>],
+    argument: &'a CpuStorage,
+) -> Result<Vec<Projection<Matrix<'a, E>>>> {
+    let view = |(held, layout): &'a Source<'a>| {
+        let storage = match held.as_deref() {
+            None => argument,
+            Some(Storage::Cpu(storage)) => storage,
+            Some(_) => bail!("expected every parameter on the CPU"),
+        };
+        Matrix::new(storage.as_slice::<E>()?, layout)
+    };
+    sources.iter().map(|projection| projection.map(view)).collect()
+}
+
+/// The number of vectors in a tensor of this shape, and their length.
+fn tokens_of(shape: &Shape) -> Result<(usize, usize)> {
+    let Some((&hidden_size, leading)) = shape.dims().split_last() else {
+        bail!("expected at least one dimension, found a scalar");
+    };
+    match leading.iter().try_fold(1usize, |n, &d| n.checked_mul(d)) {
+        Some(tokens) if tokens.checked_mul(hidden_size).is_some() => Ok((tokens, hidden_size)),
+        _ => bail!("expected a tensor whose element count fits in usize, found shape {:?}", shape.dims()),
+    }
+}
+
+/// The same elements as a matrix of `[tokens, hidden_size]`, if one stride can describe all the leading dimensions.
+fn flattened(layout: &Layout) -> Result<Option<Layout>> {
+    let (tokens, hidden_size) = tokens_of(layout.shape())?;
+    let Some((&col_stride, strides)) = layout.stride().split_last() else {
+        return Ok(None);
+    };
+    let mut row_stride = 0;
+    let mut inner = 1;
+    for (&dim, &stride) in layout.dims().iter().zip(strides).rev().filter(|(&dim, _)| dim != 1) {
+        if inner == 1 {
+            row_stride = stride;
+        } else if stride != row_stride * inner {
+            return Ok(None);
+        }
+        inner *= dim;
+    }
+    let stride = vec![row_stride, col_stride];
+    Ok(Some(Layout::new((tokens, hidden_size).into(), stride, layout.start_offset())))
+}
+
+impl CustomOp3 for MlpOp {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(
+        &self,
+        xs: &CpuStorage,
+        xs_layout: &Layout,
+        first: &CpuStorage,
+        first_layout: &Layout,
+        second: &CpuStorage,
+        second_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (xs, first, second) = ((xs, xs_layout), (first, first_layout), (second, second_layout));
+        match xs.0 {
+            CpuStorage::F32(_) => self.cpu_fwd_of::<f32>(xs, first, second),
+            CpuStorage::F16(_) => self.cpu_fwd_of::<f16>(xs, first, second),
+            CpuStorage::BF16(_) => self.cpu_fwd_of::<bf16>(xs, first, second),
+            CpuStorage::F64(_) => self.cpu_fwd_of::<f64>(xs, first, second),
+            other => bail!("{}: xs: expected dtype f32, f16, bf16 or f64, found {:?}", self.name, other.dtype()),
+        }
+    }
+
+    fn bwd(
+        &self,
+        xs: &Tensor,
+        first: &Tensor,
+        second: &Tensor,
+        _out: &Tensor,
+        out_gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        backward::gradients(self.activation, (xs, &self.first, &self.second), (first, second), out_gradient)
+    }
+}
