@@ -384,7 +384,7 @@ mod tests {
             activation.apply(&mut wide);
             activation.apply(&mut narrow);
             for (i, &x) in xs.iter().enumerate() {
-                let scale = expected[i].abs().max(1e-2);
+                let scale = expected[i].abs().max(0.1);
                 assert!(
                     (wide[i] - expected[i]).abs() <= 1e-13 * scale,
                     "{activation} at {x}: {} {}",
