@@ -59,6 +59,10 @@ unsafe impl Lanes32 for Avx512 {
         _mm512_fmadd_ps(a, b, sums)
     }
     #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        _mm512_add_ps(a, b)
+    }
+    #[inline(always)]
     unsafe fn total(v: __m512) -> f32 {
         _mm512_reduce_add_ps(v)
     }
@@ -120,6 +124,10 @@ unsafe impl Kernel for Avx512Bf16 {
     #[inline(always)]
     unsafe fn multiply_add(sums: __m512, a: __m512i, b: __m512i) -> __m512 {
         _mm512_dpbf16_ps(sums, std::mem::transmute::<__m512i, __m512bh>(a), std::mem::transmute::<__m512i, __m512bh>(b))
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        _mm512_add_ps(a, b)
     }
     #[inline(always)]
     unsafe fn total(sums: __m512) -> f32 {

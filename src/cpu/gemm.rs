@@ -10,7 +10,7 @@
 //! in the order of the operands, so that no bit depends on how the work is cut up or how many threads do it.
 
 use super::buffer::{Buffer, Output};
-use super::kernel::{Kernel, Sum, MAX_LANES};
+use super::kernel::{elements_of, Kernel, Sum, MAX_LANES};
 use super::schedule::Schedule;
 use super::{Element, Problem};
 use crate::parameters::{Matrix, Projection};
@@ -22,7 +22,7 @@ const TOKEN_BLOCK: usize = 512;
 /// Bytes of a block of the hidden layer, at most (unless more threads than its panels ask for more).
 const HIDDEN_BYTES: usize = 2 << 20;
 /// Operands of the summed dimension that are transposed at a time.
-const DEPTH_BLOCK: usize = 256;
+const DEPTH_BLOCK: usize = 128;
 
 /// One call's sizes and buffers.
 pub(crate) struct Gemm<'a, K: Kernel> {
@@ -58,7 +58,7 @@ enum Phase {
 
 /// One thread's buffers.
 struct Scratch<K: Kernel> {
-    /// Transposed weights: `[2, DEPTH_BLOCK, panel]`.
+    /// Transposed weights: `[DEPTH_BLOCK, panel]`.
     weights: Buffer<K::Operand>,
     /// The gate's and up's sums: `[2, block_tokens, panel]`.
     sums: Buffer<Sum<K>>,
@@ -131,7 +131,7 @@ impl<'a, K: Kernel> Gemm<'a, K> {
     pub(crate) unsafe fn work<const M: usize, const N: usize>(&self, schedule: &Schedule) {
         debug_assert_eq!((self.m, self.panel), (M, N * K::LANES));
         let scratch = Scratch::<K> {
-            weights: Buffer::new([2, DEPTH_BLOCK, self.panel]).expect("memory for a panel of weights"),
+            weights: Buffer::new([DEPTH_BLOCK, self.panel]).expect("memory for a panel of weights"),
             sums: Buffer::new([2, self.block_tokens, self.panel]).expect("memory for a panel of sums"),
         };
         while let Some(ticket) = schedule.draw() {
@@ -188,20 +188,14 @@ impl<'a, K: Kernel> Gemm<'a, K> {
         let depth = xs.cols.div_ceil(K::DEPTH);
         let gate_sums = scratch.sums.as_mut_ptr();
         let up_sums = gate_sums.add(self.block_tokens * self.panel);
-        let gate_weights = scratch.weights.as_mut_ptr();
-        let up_weights = gate_weights.add(DEPTH_BLOCK * self.panel);
+        let weights = scratch.weights.as_mut_ptr();
 
         for d in blocks(depth) {
-            pack::<K, N>(&gate.weight, &rows, 0, &d, gate_weights);
-            if let Some(up) = up {
-                pack::<K, N>(&up.weight, &rows, 0, &d, up_weights);
-            }
-            for p in 0..token_panels {
-                let x = self.xs.as_mut_ptr().add((p * depth + d.start) * M);
-                let at = p * M * self.panel;
-                multiply::<K, M, N>(d.len(), x, gate_weights, gate_sums.add(at), d.start == 0);
-                if up.is_some() {
-                    multiply::<K, M, N>(d.len(), x, up_weights, up_sums.add(at), d.start == 0);
+            for (projection, sums) in std::iter::once((gate, gate_sums)).chain(up.iter().map(|up| (up, up_sums))) {
+                pack::<K, N>(&projection.weight, &rows, 0, &d, weights);
+                for p in 0..token_panels {
+                    let x = self.xs.as_mut_ptr().add((p * depth + d.start) * M);
+                    multiply::<K, M, N>(d.len(), x, weights, sums.add(p * M * self.panel), d.start == 0);
                 }
             }
         }
@@ -298,16 +292,6 @@ unsafe fn round<K: Kernel, const N: usize>(sums: *const Sum<K>) -> [K::Element; 
     rounded
 }
 
-/// A vector of the elements from `from` on, of which there are `left`; zeros after those.
-#[inline(always)]
-unsafe fn elements_of<K: Kernel>(from: *const K::Element, left: usize) -> K::Vector {
-    if left >= K::LANES * K::DEPTH {
-        K::elements(from)
-    } else {
-        K::elements_up_to(from, left)
-    }
-}
-
 /// Operand `d` of a row, whatever the strides.
 #[inline(always)]
 fn operand_at<K: Kernel>(matrix: &Matrix<K::Element>, row: usize, d: usize) -> K::Operand {
@@ -332,16 +316,31 @@ unsafe fn pack<K: Kernel, const N: usize>(
         let row = rows.start + n * K::LANES;
         let valid = rows.end.saturating_sub(row).min(K::LANES);
         if col_stride == 1 {
+            let zero = K::splat(&K::Operand::default());
             for d in depth.clone().step_by(K::LANES) {
                 let col = first_col + d * K::DEPTH;
-                let zero = K::splat(&K::Operand::default());
+                let from = matrix.as_ptr().add(row * row_stride + col);
+                let to = to.add((d - depth.start) * panel);
                 let mut lanes = [zero; MAX_LANES];
-                for (r, lane) in lanes.iter_mut().enumerate().take(valid) {
-                    *lane = elements_of::<K>(matrix.as_ptr().add((row + r) * row_stride + col), cols - col);
-                }
-                K::transpose(&mut lanes[..K::LANES]);
-                for (i, lane) in lanes.iter().enumerate().take(K::LANES.min(depth.end - d)) {
-                    K::store(to.add((d - depth.start + i) * panel), *lane);
+                if valid == K::LANES && d + K::LANES <= depth.end && col + K::LANES * K::DEPTH <= cols {
+                    for r in 0..K::LANES {
+                        let from = from.add(r * row_stride);
+                        // The line that the next block of the summed dimension begins with, or one of those after it.
+                        K::prefetch(from.wrapping_add(DEPTH_BLOCK * K::DEPTH));
+                        lanes[r] = K::elements(from);
+                    }
+                    K::transpose(&mut lanes[..K::LANES]);
+                    for i in 0..K::LANES {
+                        K::store(to.add(i * panel), lanes[i]);
+                    }
+                } else {
+                    for r in 0..valid {
+                        lanes[r] = elements_of::<K>(from.add(r * row_stride), cols - col);
+                    }
+                    K::transpose(&mut lanes[..K::LANES]);
+                    for (i, lane) in lanes.iter().enumerate().take(K::LANES.min(depth.end - d)) {
+                        K::store(to.add(i * panel), *lane);
+                    }
                 }
             }
         } else if row_stride == 1 && K::DEPTH == 1 && valid == K::LANES {

@@ -31,6 +31,8 @@ pub(crate) unsafe trait Kernel {
     unsafe fn store_sums(to: *mut Sum<Self>, sums: Self::Sums);
     /// `sums + a b`, lane by lane (over the pair, where an operand is one).
     unsafe fn multiply_add(sums: Self::Sums, a: Self::Vector, b: Self::Vector) -> Self::Sums;
+    /// `a + b`, lane by lane.
+    unsafe fn add(a: Self::Sums, b: Self::Sums) -> Self::Sums;
     /// The sum over the lanes, always in the same order.
     unsafe fn total(sums: Self::Sums) -> Sum<Self>;
     /// The `LANES * DEPTH` elements from `from` on.
@@ -69,6 +71,16 @@ pub(crate) unsafe trait Kernel {
     }
 }
 
+/// A vector of the elements from `from` on, of which there are `left`; zeros after those.
+#[inline(always)]
+pub(crate) unsafe fn elements_of<K: Kernel>(from: *const K::Element, left: usize) -> K::Vector {
+    if left >= K::LANES * K::DEPTH {
+        K::elements(from)
+    } else {
+        K::elements_up_to(from, left)
+    }
+}
+
 /// The type that a kernel sums in.
 pub(crate) type Sum<K> = <<K as Kernel>::Element as Element>::Sum;
 
@@ -88,6 +100,7 @@ pub(crate) unsafe trait Lanes32 {
     unsafe fn store(to: *mut f32, v: Self::V);
     unsafe fn splat(from: *const f32) -> Self::V;
     unsafe fn multiply_add(sums: Self::V, a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn total(v: Self::V) -> f32;
     unsafe fn transpose(rows: &mut [Self::V]);
     unsafe fn load_f16(from: *const half::f16) -> Self::V;
@@ -125,6 +138,10 @@ macro_rules! widened {
             #[inline(always)]
             unsafe fn multiply_add(sums: L::V, a: L::V, b: L::V) -> L::V {
                 L::multiply_add(sums, a, b)
+            }
+            #[inline(always)]
+            unsafe fn add(a: L::V, b: L::V) -> L::V {
+                L::add(a, b)
             }
             #[inline(always)]
             unsafe fn total(sums: L::V) -> f32 {
@@ -200,6 +217,13 @@ unsafe impl<E: Element> Kernel for Plain<E> {
             sums[i] = a[i].multiply_add(b[i], sums[i]);
         }
         sums
+    }
+    #[inline(always)]
+    unsafe fn add(mut a: Self::Sums, b: Self::Sums) -> Self::Sums {
+        for i in 0..PLAIN_LANES {
+            a[i] = a[i] + b[i];
+        }
+        a
     }
     #[inline(always)]
     unsafe fn total(sums: Self::Sums) -> E::Sum {

@@ -264,10 +264,10 @@ unsafe trait Compiled: Kernel + Sized {
     unsafe fn gemm(job: &Gemm<Self>, schedule: &Schedule);
 }
 
-/// Names, for a kernel: the instructions it is compiled for, its panel (tokens, vectors), and the rows and tokens of
-/// its dot products. They are as many as the registers hold.
+/// Names, for a kernel: the instructions it is compiled for, its panel (tokens, vectors), and the rows of its
+/// dot products. They are as many as the registers hold.
 macro_rules! compiled {
-    ($kernel:ty, [$($feature:literal),*], panel: ($m:literal, $n:literal), dots: ($r:literal, $t:literal)) => {
+    ($kernel:ty, [$($feature:literal),*], panel: ($m:literal, $n:literal), rows: $r:literal) => {
         // SAFETY: the code is compiled for just the features named, which are its tier's.
         unsafe impl Compiled for $kernel {
             const PANEL: (usize, usize) = ($m, $n);
@@ -275,7 +275,7 @@ macro_rules! compiled {
             unsafe fn decode(job: &Decode<Self>, schedule: &Schedule) {
                 $(#[target_feature(enable = $feature)])*
                 unsafe fn inner(job: &Decode<$kernel>, schedule: &Schedule) {
-                    job.work::<$r, $t>(schedule)
+                    job.work::<$r>(schedule)
                 }
                 inner(job, schedule)
             }
@@ -298,19 +298,19 @@ mod tiers {
     use super::avx512::{Avx512, Avx512Bf16};
     use super::*;
 
-    compiled!(Avx512Bf16, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma", "f16c"], panel: (8, 3), dots: (4, 4));
-    compiled!(Widened<Avx512, f32>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), dots: (4, 4));
-    compiled!(Widened<Avx512, f16>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), dots: (4, 4));
-    compiled!(Widened<Avx512, bf16>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), dots: (4, 4));
-    compiled!(Widened<Avx2, f32>, ["avx2", "fma", "f16c"], panel: (4, 3), dots: (4, 2));
-    compiled!(Widened<Avx2, f16>, ["avx2", "fma", "f16c"], panel: (4, 3), dots: (4, 2));
-    compiled!(Widened<Avx2, bf16>, ["avx2", "fma", "f16c"], panel: (4, 3), dots: (4, 2));
+    compiled!(Avx512Bf16, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma", "f16c"], panel: (8, 3), rows: 3);
+    compiled!(Widened<Avx512, f32>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), rows: 3);
+    compiled!(Widened<Avx512, f16>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), rows: 3);
+    compiled!(Widened<Avx512, bf16>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), rows: 3);
+    compiled!(Widened<Avx2, f32>, ["avx2", "fma", "f16c"], panel: (4, 3), rows: 1);
+    compiled!(Widened<Avx2, f16>, ["avx2", "fma", "f16c"], panel: (4, 3), rows: 1);
+    compiled!(Widened<Avx2, bf16>, ["avx2", "fma", "f16c"], panel: (4, 3), rows: 1);
 }
 
-compiled!(Plain<f32>, [], panel: (4, 1), dots: (2, 2));
-compiled!(Plain<f16>, [], panel: (4, 1), dots: (2, 2));
-compiled!(Plain<bf16>, [], panel: (4, 1), dots: (2, 2));
-compiled!(Plain<f64>, [], panel: (4, 1), dots: (2, 2));
+compiled!(Plain<f32>, [], panel: (4, 1), rows: 1);
+compiled!(Plain<f16>, [], panel: (4, 1), rows: 1);
+compiled!(Plain<bf16>, [], panel: (4, 1), rows: 1);
+compiled!(Plain<f64>, [], panel: (4, 1), rows: 1);
 
 /// Runs a problem on a kernel.
 ///
@@ -320,7 +320,7 @@ unsafe fn run<K: Compiled>(family: Family, problem: &Problem<K::Element>, out: &
     let threads = threads(problem);
     match family {
         Family::Decode => {
-            let job = Decode::<K>::new(problem, out)?;
+            let job = Decode::<K>::new(problem, out, threads)?;
             // SAFETY: the caller's promise; the schedule is the job's.
             job.schedule().run(threads, |schedule| unsafe { K::decode(&job, schedule) });
         }
