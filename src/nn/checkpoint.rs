@@ -310,7 +310,11 @@ impl Naming {
                 for naming in several {
                     match naming.first_weight(hidden_size, intermediate_size, vb) {
                         Ok(_) => fitting.push(*naming),
-                        Err(error) => misfits.push(format!("{naming}: {error}")),
+                        Err(error) => {
+                            // What follows the first line is a backtrace, if candle takes them.
+                            let error = error.to_string();
+                            misfits.push(format!("{naming}: {}", error.lines().next().unwrap_or_default()));
+                        }
                     }
                 }
                 match fitting.as_slice() {
