@@ -131,7 +131,8 @@ pub fn file_of(variable: &str, what: &str) -> Option<PathBuf> {
     let path = std::env::var_os(variable).filter(|path| !path.is_empty());
     if path.is_none() {
         let test = std::thread::current().name().unwrap_or_default().to_string();
-        writeln!(std::io::stderr(), "SKIPPED {test}: {variable} is not set to {what}").unwrap();
+        let line = format!("SKIPPED {test}: {variable} is not set to {what}\n");
+        std::io::stderr().write_all(line.as_bytes()).unwrap();
     }
     path.map(PathBuf::from)
 }
