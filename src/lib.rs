@@ -11,4 +11,5 @@ mod parameters;
 pub mod reference;
 
 pub use activation::{Activation, IntoActivation};
+pub use nn::{fused_mlp, fused_projector, fused_swiglu, Bias, FusedMlp, FusedSwiGlu, Naming};
 pub use parameters::{GateUp, PackedOrder};

@@ -39,7 +39,7 @@ use half::{bf16, f16};
 pub fn fused_mlp(xs: &Tensor, fc1: &Linear, fc2: &Linear, activation: impl IntoActivation) -> Result<Tensor> {
     let activation = activation.into_activation()?;
     const OP: &str = "fused-mlp";
-    let check = Check { op: OP, xs };
+    let check = Check { op: OP, like: xs, like_name: "xs" };
     let hidden_size = check.input()?;
     let intermediate_size = check.linear("fc1", fc1, None, hidden_size)?;
     check.linear("fc2", fc2, None, intermediate_size)?;
@@ -58,7 +58,7 @@ pub fn fused_mlp(xs: &Tensor, fc1: &Linear, fc2: &Linear, activation: impl IntoA
 pub fn fused_swiglu(xs: &Tensor, gate_up: &GateUp, down: &Linear, activation: impl IntoActivation) -> Result<Tensor> {
     let activation = activation.into_activation()?;
     const OP: &str = "fused-swiglu";
-    let check = Check { op: OP, xs };
+    let check = Check { op: OP, like: xs, like_name: "xs" };
     let hidden_size = check.input()?;
     let intermediate_size = match gate_up {
         GateUp::Separate { gate, up } => {
@@ -71,31 +71,41 @@ pub fn fused_swiglu(xs: &Tensor, gate_up: &GateUp, down: &Linear, activation: im
     apply(OP, activation, xs, pack_gate_up(gate_up)?, pack(&[down])?)
 }
 
-/// The checks of one call's arguments.
-struct Check<'a> {
-    op: &'static str,
-    xs: &'a Tensor,
+/// The checks of one call's arguments, or of one module's parameters.
+pub(crate) struct Check<'a> {
+    /// What the messages begin with.
+    pub op: &'static str,
+    /// The tensor that the others must go with: x, or a module's first weight.
+    pub like: &'a Tensor,
+    pub like_name: &'static str,
 }
 
 impl Check<'_> {
     /// Checks x and returns its last dimension.
     fn input(&self) -> Result<usize> {
-        let Self { op, xs } = self;
-        match xs.device() {
+        let Self { op, like, like_name } = self;
+        match like.device() {
             Device::Cpu => {}
-            other => bail!("{op}: xs: expected a tensor on the CPU, found one on {:?}", other.location()),
+            other => bail!("{op}: {like_name}: expected a tensor on the CPU, found one on {:?}", other.location()),
         }
-        if !matches!(xs.dtype(), DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
-            bail!("{op}: xs: expected dtype f32, f16, bf16 or f64, found {}", xs.dtype().as_str());
-        }
-        match xs.dims().last() {
+        self.dtype()?;
+        match like.dims().last() {
             Some(&hidden_size) => Ok(hidden_size),
-            None => bail!("{op}: xs: expected at least one dimension, found a scalar"),
+            None => bail!("{op}: {like_name}: expected at least one dimension, found a scalar"),
         }
     }
 
+    /// Checks that the dtype is one of those that the ops take.
+    pub(crate) fn dtype(&self) -> Result<()> {
+        let Self { op, like, like_name } = self;
+        if !matches!(like.dtype(), DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
+            bail!("{op}: {like_name}: expected dtype f32, f16, bf16 or f64, found {}", like.dtype().as_str());
+        }
+        Ok(())
+    }
+
     /// Checks a projection (of `rows` output features, if they are known) and returns its output features.
-    fn linear(&self, name: &str, linear: &Linear, rows: Option<usize>, cols: usize) -> Result<usize> {
+    pub(crate) fn linear(&self, name: &str, linear: &Linear, rows: Option<usize>, cols: usize) -> Result<usize> {
         let (op, weight) = (self.op, linear.weight());
         self.same_kind(&format!("{name} weight"), weight)?;
         let found = match (weight.dims(), rows) {
@@ -104,8 +114,9 @@ impl Check<'_> {
             (dims, rows) => {
                 let rows = rows.map_or_else(|| "out_features".to_string(), |r| r.to_string());
                 bail!(
-                    "{op}: {name} weight: expected shape [{rows}, {cols}], found {dims:?} (xs is {:?})",
-                    self.xs.dims()
+                    "{op}: {name} weight: expected shape [{rows}, {cols}], found {dims:?} ({} is {:?})",
+                    self.like_name,
+                    self.like.dims()
                 )
             }
         };
@@ -119,16 +130,15 @@ impl Check<'_> {
     }
 
     fn same_kind(&self, name: &str, tensor: &Tensor) -> Result<()> {
-        let Self { op, xs } = self;
-        if tensor.dtype() != xs.dtype() {
-            bail!("{op}: {name}: expected dtype {} as xs has, found {}", xs.dtype().as_str(), tensor.dtype().as_str());
+        let Self { op, like, like_name } = self;
+        let (dtype, location) = (like.dtype(), like.device().location());
+        if tensor.dtype() != dtype {
+            let found = tensor.dtype().as_str();
+            bail!("{op}: {name}: expected dtype {} as {like_name} has, found {found}", dtype.as_str());
         }
-        if tensor.device().location() != xs.device().location() {
-            bail!(
-                "{op}: {name}: expected a tensor on {:?} as xs is, found one on {:?}",
-                xs.device().location(),
-                tensor.device().location()
-            );
+        if tensor.device().location() != location {
+            let found = tensor.device().location();
+            bail!("{op}: {name}: expected a tensor on {location:?} as {like_name} is, found one on {found:?}");
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use candle_core::{test_device, DType, Device, Result, Tensor};
+use candle_core::{test_device, DType, Device, Result};
 use candle_fused_mlp::ops::{fused_mlp, fused_swiglu};
 use candle_fused_mlp::{Activation, GateUp, PackedOrder};
 use common::*;

@@ -7,6 +7,8 @@ use candle_fused_mlp::{reference, Activation, GateUp, PackedOrder};
 use candle_nn::Linear;
 use rand::{rngs::StdRng, Rng, SeedableRng};
 use rand_distr::{Distribution, StandardNormal};
+use std::io::Write;
+use std::path::PathBuf;
 
 /// Seeded random tensors.
 pub struct Random(StdRng);
@@ -121,4 +123,16 @@ pub fn packed(gate: &Linear, up: &Linear, order: PackedOrder) -> Result<GateUp> 
     };
     let weight = Tensor::cat(&[first.weight(), second.weight()], 0)?;
     Ok(GateUp::Packed { linear: Linear::new(weight, bias), order })
+}
+
+/// The path in an environment variable. Where it is not set, the test is to be skipped: this says so, and why, past the
+/// capture of a test's output.
+pub fn file_of(variable: &str, what: &str) -> Option<PathBuf> {
+    let path = std::env::var_os(variable).filter(|path| !path.is_empty());
+    if path.is_none() {
+        let test = std::thread::current().name().unwrap_or_default().to_string();
+        let line = format!("SKIPPED {test}: {variable} is not set to {what}\n");
+        std::io::stderr().write_all(line.as_bytes()).unwrap();
+    }
+    path.map(PathBuf::from)
 }
