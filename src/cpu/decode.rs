@@ -5,6 +5,8 @@
 //! many enough to keep the vector units busy), and prefetches run ahead of it across the ends of rows. Two phases:
 //! rows of the gate and up projections give the hidden layer, rows of the down projection the output.
 
+#![allow(clippy::needless_range_loop)] // registers are arrays indexed in loops that the compiler unrolls
+
 use super::buffer::{Buffer, Output};
 use super::kernel::{elements_of, Kernel, Sum};
 use super::schedule::Schedule;

@@ -9,6 +9,8 @@
 //! stays in the first caches, against `M` tokens, with all `M` x `PANEL` sums in registers. Each sum is one chain
 //! in the order of the operands, so that no bit depends on how the work is cut up or how many threads do it.
 
+#![allow(clippy::needless_range_loop)] // registers are arrays indexed in loops that the compiler unrolls
+
 use super::buffer::{Buffer, Output};
 use super::kernel::{elements_of, Kernel, Sum, MAX_LANES};
 use super::schedule::Schedule;
@@ -34,8 +36,6 @@ pub(crate) struct Gemm<'a, K: Kernel> {
     panel: usize,
     /// Tokens in a block, a multiple of `m`.
     block_tokens: usize,
-    /// Panels of the intermediate dimension in a block.
-    block_panels: usize,
     /// Operands of a block of tokens: panels of `[hidden_size / DEPTH, m]`.
     xs: Buffer<K::Operand>,
     /// Operands of a block of the hidden layer: panels of `[block_panels * panel / DEPTH, m]`.
@@ -105,7 +105,6 @@ impl<'a, K: Kernel> Gemm<'a, K> {
             m,
             panel,
             block_tokens,
-            block_panels,
             xs: Buffer::new([block_tokens, hidden_size.div_ceil(K::DEPTH)])?,
             hidden: Buffer::new([block_tokens, block_panels * panel / K::DEPTH])?,
             sums: Buffer::new([problem.down.weight.rows.div_ceil(panel) * panel, block_tokens])?,

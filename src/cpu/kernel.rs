@@ -1,5 +1,7 @@
 //! What an instruction set has to offer to the kernels, for one dtype.
 
+#![allow(clippy::needless_range_loop)] // registers are arrays indexed in loops that the compiler unrolls
+
 use super::{Element, Real};
 use std::marker::PhantomData;
 
