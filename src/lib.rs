@@ -8,7 +8,9 @@ pub mod cpu;
 mod nn;
 pub mod ops;
 mod parameters;
+mod plan;
 pub mod reference;
 
 pub use activation::{Activation, IntoActivation};
 pub use parameters::{GateUp, PackedOrder};
+pub use plan::{plan, Cost, Plan, Workload};
