@@ -381,17 +381,13 @@ impl fmt::Display for Plan {
         let width = kernel.len().max(10);
         writeln!(f, "{:<14}  {:>width$}  {:>10}", "", "fused", "unfused")?;
         writeln!(f, "{:<14}  {kernel:>width$}  {:>10}", "kernel", "candle's")?;
-        let rows: [(&str, fn(&Cost) -> String); 4] = [
-            ("launches", |cost| cost.launches.to_string()),
-            ("bytes read", |cost| scaled(cost.bytes_read, "B")),
-            ("bytes written", |cost| scaled(cost.bytes_written, "B")),
-            ("operations", |cost| scaled(cost.operations, "op")),
-        ];
-        for (i, (name, of)) in rows.into_iter().enumerate() {
-            let end = if i + 1 < rows.len() { "\n" } else { "" };
-            write!(f, "{name:<14}  {:>width$}  {:>10}{end}", of(fused), of(unfused))?;
-        }
-        Ok(())
+        writeln!(f, "{:<14}  {:>width$}  {:>10}", "launches", fused.launches, unfused.launches)?;
+        let row = |name, fused, unfused, unit| {
+            format!("{name:<14}  {:>width$}  {:>10}", scaled(fused, unit), scaled(unfused, unit))
+        };
+        writeln!(f, "{}", row("bytes read", fused.bytes_read, unfused.bytes_read, "B"))?;
+        writeln!(f, "{}", row("bytes written", fused.bytes_written, unfused.bytes_written, "B"))?;
+        write!(f, "{}", row("operations", fused.operations, unfused.operations, "op"))
     }
 }
 
