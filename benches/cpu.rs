@@ -1,7 +1,7 @@
 //! The fused ops beside candle's unfused path on the CPU, in one process.
 //!
 //! ```text
-//! cargo bench --bench cpu                              # everything, about ten minutes on two cores
+//! cargo bench --bench cpu                              # everything, several minutes
 //! cargo bench --bench cpu -- swiglu-2048x5632/bf16     # what matches
 //! ```
 //!

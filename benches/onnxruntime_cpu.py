@@ -75,10 +75,10 @@ class Stack:
         return self.node("MatMul", [hidden, self.tensor(name + "down", self.intermediate, self.hidden)], name + "y")
 
     def mlp(self, name, x):
-        fc1 = [x, self.tensor(name + "fc1", self.hidden, self.intermediate), self.tensor(name + "b1", self.intermediate)]
-        hidden = self.node("Gelu", [self.node("Gemm", fc1, name + "f")], name + "h")
-        fc2 = [hidden, self.tensor(name + "fc2", self.intermediate, self.hidden), self.tensor(name + "b2", self.hidden)]
-        return self.node("Gemm", fc2, name + "y")
+        fc1 = [self.tensor(name + "fc1", self.hidden, self.intermediate), self.tensor(name + "b1", self.intermediate)]
+        hidden = self.node("Gelu", [self.node("Gemm", [x, *fc1], name + "f")], name + "h")
+        fc2 = [self.tensor(name + "fc2", self.intermediate, self.hidden), self.tensor(name + "b2", self.hidden)]
+        return self.node("Gemm", [hidden, *fc2], name + "y")
 
 
 def measure(op, hidden, intermediate, tokens, threads, runs):

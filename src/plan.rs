@@ -115,8 +115,8 @@ pub struct Cost {
 
 /// The kernel that a [`Workload`] runs on, and what it costs beside the same MLP as a chain of candle's own ops.
 ///
-/// The fused path reads x, writes the result and reads the weights, once for up to 8 tokens and else once for each
-/// block of up to 512 tokens: the hidden layer stays in cache. (Conversions in registers are not counted.)
+/// The fused path reads x, writes the result and reads the weights: once, or for many tokens once for each block of
+/// them. The hidden layer stays in cache. (Conversions in registers are not counted.)
 ///
 /// Candle's path writes the result of each op to memory and reads it again: matrix products, bias additions, the
 /// activation (several ops, for some) and the product with up. For bf16 on the CPU each matrix product first

@@ -164,9 +164,11 @@ fn errors(found: &Tensor, exact: &Tensor) -> Result<(f64, f64)> {
     let (mut largest, mut error, mut norm) = (0f64, 0f64, 0f64);
     for (found, exact) in found.iter().zip(&exact) {
         let difference = found - exact;
-        largest = if difference.is_nan() { f64::NAN } else { largest.max(difference.abs()) };
+        largest = largest.max(difference.abs());
         error += difference * difference;
         norm += exact * exact;
     }
+    // `max` passes over NaN, sums keep it.
+    let largest = if error.is_nan() { error } else { largest };
     Ok((largest, if error == 0. { 0. } else { (error / norm).sqrt() }))
 }

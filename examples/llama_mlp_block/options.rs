@@ -34,7 +34,8 @@ pub struct Options {
     #[arg(long, value_delimiter = ',', default_value = "1,8,64")]
     pub tokens: Vec<NonZeroUsize>,
     /// Dtypes to run in: f32, f16, bf16 or f64. Weights of another dtype are converted.
-    #[arg(long = "dtype", value_name = "DTYPE", value_delimiter = ',', default_value = "f32,bf16", value_parser = dtype)]
+    #[arg(long = "dtype", value_name = "DTYPE", value_delimiter = ',', value_parser = dtype)]
+    #[arg(default_value = "f32,bf16")]
     pub dtypes: Vec<DType>,
     /// Where to run: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]

@@ -86,9 +86,10 @@ pub fn human(weights: &Weights, rows: &[Row]) {
     ];
     print!("{}", markdown(2, &header, &cells.collect::<Vec<_>>()));
     println!(
-        "\nCopies of the block take turns, so many (unless --copies says otherwise) that each has left the caches by its\n\
-         next turn: weights come from memory, as in a model of many layers. \"reads\" is what the fused block reads over\n\
-         its time, \"machine\" how fast this machine reads memory. Few tokens are limited by that, many by arithmetic."
+        "\nCopies of the block take turns, so many (unless --copies says otherwise) that each has left the caches by\n\
+         its next turn: weights come from memory, as in a model of many layers. \"reads\" is what the fused block\n\
+         reads over its time, \"machine\" how fast this machine reads memory. Few tokens are limited by that, many\n\
+         by arithmetic."
     );
 
     println!("\nSmall? The most memory that one call takes beyond weights and input:\n");

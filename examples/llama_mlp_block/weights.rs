@@ -129,12 +129,14 @@ impl Shards {
     /// The files that hold the block at this prefix.
     fn files(&self, prefix: &str) -> Result<Vec<PathBuf>> {
         let names = PROJECTIONS.map(|name| format!("{prefix}.{name}.weight"));
+        let biases = PROJECTIONS.map(|name| format!("{prefix}.{name}.bias"));
         let files: Option<BTreeSet<_>> = names.iter().map(|name| self.file_of.get(name).cloned()).collect();
-        files.map(|files| files.into_iter().collect()).ok_or_else(|| {
-            let path = self.path.display();
-            let looked_for = names.join(", ");
-            anyhow!("{path}: no block at {prefix}: looked for {looked_for}; {}", self.prefixes())
-        })
+        let Some(mut files) = files else {
+            let (path, looked_for) = (self.path.display(), names.join(", "));
+            bail!("{path}: no block at {prefix}: looked for {looked_for}; {}", self.prefixes());
+        };
+        files.extend(biases.iter().filter_map(|name| self.file_of.get(name).cloned()));
+        Ok(files.into_iter().collect())
     }
 
     /// The prefixes at which there is a block, as a sentence.
