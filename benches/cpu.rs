@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use support::machine::{last_level_cache, layers_beyond_cache, processor, Reader};
 use support::random::Random;
 use support::table;
-use support::timing::{alternate, Rounds};
+use support::timing::{compare, Rounds};
 
 /// The MLPs: whether gated, hidden and intermediate size. The plain ones have biases and erf GELU.
 const SHAPES: [(bool, usize, usize); 5] =
@@ -126,26 +126,20 @@ fn row(name: &str, stack: &Stack, tokens: usize, reader: &Reader) -> Result<Vec<
     let xs = stack.xs(tokens)?;
     let plan = stack.layers[0].plan(&xs)?;
     let rounds = Rounds::For(Duration::from_secs(1));
-    let read = || {
-        reader.pass();
-        Ok(())
-    };
-    let [fused, unfused, read] =
-        alternate(rounds, [&|| stack.walk(Mlp::fused, &xs), &|| stack.walk(Mlp::unfused, &xs), &read])?;
-    let layers = stack.layers.len() as f64;
-    let (fused, unfused, speed) = (fused / layers, unfused / layers, reader.bytes() as f64 / read);
-    let bandwidth = plan.fused.bytes_read as f64 / fused;
+    let walked = (stack.layers.len(), plan.fused.bytes_read);
+    let unfused = || stack.walk(Mlp::unfused, &xs);
+    let found = compare(rounds, reader, walked, &unfused, &|| stack.walk(Mlp::fused, &xs))?;
     Ok(vec![
         name.to_string(),
         plan.workload.dtype.as_str().to_string(),
         plan.kernel,
         tokens.to_string(),
-        format!("{:.0}", 1e6 * unfused),
-        format!("{:.0}", 1e6 * fused),
-        format!("{:.2}", unfused / fused),
-        format!("{:.1}", bandwidth / 1e9),
-        format!("{:.1}", speed / 1e9),
-        format!("{:.0}%", 100. * bandwidth / speed),
+        format!("{:.0}", 1e6 * found.unfused),
+        format!("{:.0}", 1e6 * found.fused),
+        format!("{:.2}", found.unfused / found.fused),
+        format!("{:.1}", found.bandwidth / 1e9),
+        format!("{:.1}", found.machine / 1e9),
+        format!("{:.0}%", 100. * found.share),
     ])
 }
 

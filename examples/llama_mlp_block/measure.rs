@@ -5,7 +5,7 @@ use crate::options::Options;
 use crate::support::machine::{layers_beyond_cache, Reader};
 use crate::support::memory::peak;
 use crate::support::random::Random;
-use crate::support::timing::{alternate, Rounds};
+use crate::support::timing::{compare, Rounds};
 use crate::weights::Weights;
 use anyhow::Result;
 use candle_core::{DType, Device, Module, Tensor};
@@ -42,7 +42,7 @@ pub struct Row {
     pub rel_l2_err: f64,
     pub unfused_rel_l2_err: f64,
     /// What the fused block reads, by its plan, in 1e9 bytes a second; what the machine can, at the same time; the
-    /// one over the other.
+    /// one over the other (the median of the rounds).
     pub read_gbs: f64,
     pub machine_read_gbs: f64,
     pub share_of_bandwidth: f64,
@@ -102,13 +102,8 @@ pub fn rows(
         let plan = fused[0].plan(&xs)?;
 
         let rounds = options.iters.map_or(Rounds::For(Duration::from_millis(500)), |n| Rounds::Exactly(n.get()));
-        let [unfused_s, fused_s, read_s] = alternate(
-            rounds,
-            [&|| walk(&candle, &xs), &|| walk(&fused, &xs), &|| {
-                reader.pass();
-                Ok(())
-            }],
-        )?;
+        let walked = (fused.len(), plan.fused.bytes_read);
+        let found = compare(rounds, reader, walked, &|| walk(&candle, &xs), &|| walk(&fused, &xs))?;
         // After the timing, so that no buffer that a thread keeps from its first call on is counted.
         let (unfused_result, unfused_peak_bytes) = peak(|| candle[0].forward(&xs));
         let (fused_result, fused_peak_bytes) = peak(|| fused[0].forward(&xs));
@@ -116,9 +111,6 @@ pub fn rows(
         let (max_abs_err, rel_l2_err) = errors(&fused_result?, &expected)?;
         let (_, unfused_rel_l2_err) = errors(&unfused_result?, &expected)?;
 
-        let (unfused_s, fused_s) = (unfused_s / candle.len() as f64, fused_s / fused.len() as f64);
-        let read_gbs = plan.fused.bytes_read as f64 / fused_s / 1e9;
-        let machine_read_gbs = reader.bytes() as f64 / read_s / 1e9;
         rows.push(Row {
             op: plan.workload.op(),
             device: plan.device.clone(),
@@ -130,16 +122,16 @@ pub fn rows(
             copies: fused.len(),
             kernel: plan.kernel.clone(),
             launches: plan.fused.launches,
-            unfused_us: 1e6 * unfused_s,
-            fused_us: 1e6 * fused_s,
-            speedup: unfused_s / fused_s,
-            tokens_per_s: tokens as f64 / fused_s,
+            unfused_us: 1e6 * found.unfused,
+            fused_us: 1e6 * found.fused,
+            speedup: found.unfused / found.fused,
+            tokens_per_s: tokens as f64 / found.fused,
             max_abs_err,
             rel_l2_err,
             unfused_rel_l2_err,
-            read_gbs,
-            machine_read_gbs,
-            share_of_bandwidth: read_gbs / machine_read_gbs,
+            read_gbs: found.bandwidth / 1e9,
+            machine_read_gbs: found.machine / 1e9,
+            share_of_bandwidth: found.share,
             unfused_peak_bytes,
             fused_peak_bytes,
             plan,
