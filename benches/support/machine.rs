@@ -3,6 +3,7 @@
 use candle_core::utils::get_num_threads;
 use std::fs;
 use std::hint::black_box;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// The last-level cache in bytes, as Linux describes it; 32 MiB where it does not.
 pub fn last_level_cache() -> usize {
@@ -47,16 +48,25 @@ impl Reader {
         size_of_val(self.0.as_slice())
     }
 
-    /// Reads every byte once.
+    /// Reads every byte once, on the threads that the ops run on; parts are handed out as threads ask for them.
     pub fn pass(&self) {
-        std::thread::scope(|scope| {
-            for part in self.0.chunks(self.0.len().div_ceil(get_num_threads())) {
-                scope.spawn(|| black_box(sum(part)));
+        let next = AtomicUsize::new(0);
+        let read = || {
+            while let Some(part) = self.0.chunks(PART).nth(next.fetch_add(1, Relaxed)) {
+                black_box(sum(part));
             }
+        };
+        rayon::in_place_scope(|scope| {
+            for _ in 1..get_num_threads() {
+                scope.spawn(|_| read());
+            }
+            read();
         });
     }
 }
 
+/// Elements that a thread reads at a time.
+const PART: usize = 1 << 15;
 /// Elements in a cache line.
 const LINE: usize = 8;
 
