@@ -10,12 +10,14 @@ use std::fmt;
 use std::str::FromStr;
 
 /// Builds [`Activation`] and all that is known about each of its variants out of one row a variant:
-/// `Variant(parameter = default) "name" | "alias"... { unfused, value, slope }`.
+/// `Variant(parameter = default) "name" | "alias"... { unfused, ops, value, slope }`. `ops` counts the candle ops that
+/// `unfused` runs: those of one tensor (or a tensor and a number), and those of two.
 macro_rules! activations {
     ($(
         $(#[$doc:meta])*
         $variant:ident $(($parameter:ident = $default:literal))? $name:literal $(| $alias:literal)* {
             unfused: |$tensor:ident| $unfused:expr,
+            ops: ($unary:literal, $binary:literal),
             value: |$x:ident| $value:expr,
             slope: |$y:ident| $slope:expr $(,)?
         }
@@ -74,6 +76,13 @@ macro_rules! activations {
                 }
             }
 
+            /// How many candle ops of one tensor, and how many of two, [`unfused`](Self::unfused) runs.
+            pub(crate) fn unfused_ops(&self) -> (u64, u64) {
+                match self {
+                    $(Self::$variant $((activations!(@ignore $parameter)))? => ($unary, $binary),)*
+                }
+            }
+
             /// Replaces each value by the activation of it.
             #[inline(always)]
             pub(crate) fn apply<R: Real>(&self, values: &mut [R]) {
@@ -112,12 +121,14 @@ activations! {
     /// `x Φ(x)` with the normal distribution function Φ, by the error function (Hendrycks & Gimpel, 2016).
     Gelu "gelu" {
         unfused: |xs| xs.gelu_erf(),
+        ops: (1, 0),
         value: |x| x * normal_cdf(x),
         slope: |x| normal_cdf(x) + x * normal_density(x),
     }
     /// GELU's approximation by tanh: `x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))`.
     GeluTanh "gelu_pytorch_tanh" | "gelu_new" | "gelu_tanh" | "gelu_fast" {
         unfused: |xs| xs.gelu(),
+        ops: (1, 0),
         value: |x| x * sigmoid(gelu_tanh_argument(x)),
         slope: |x| {
             let s = sigmoid(gelu_tanh_argument(x));
@@ -127,6 +138,7 @@ activations! {
     /// CLIP's `x σ(1.702 x)`.
     QuickGelu "quick_gelu" {
         unfused: |xs| xs * candle_nn::ops::sigmoid(&(xs * 1.702)?)?,
+        ops: (2, 1),
         value: |x| x * sigmoid(x * R::of(1.702)),
         slope: |x| {
             let s = sigmoid(x * R::of(1.702));
@@ -136,12 +148,14 @@ activations! {
     /// `max(x, 0)`.
     Relu "relu" {
         unfused: |xs| xs.relu(),
+        ops: (1, 0),
         value: |x| x.max_number(R::ZERO),
         slope: |x| if x >= R::ZERO { R::ONE } else { R::ZERO },
     }
     /// `max(x, 0)²` (Primer, RWKV, Nemotron).
     Relu2 "relu2" | "relu_squared" | "squared_relu" {
         unfused: |xs| xs.relu()?.sqr(),
+        ops: (2, 0),
         value: |x| {
             let x = x.max_number(R::ZERO);
             x * x
@@ -151,12 +165,14 @@ activations! {
     /// `min(max(x, 0), 6)`.
     Relu6 "relu6" {
         unfused: |xs| xs.clamp(0f32, 6f32),
+        ops: (2, 0),
         value: |x| clamp(x, R::ZERO, R::of(6.)),
         slope: |x| if x > R::ZERO && x < R::of(6.) { R::ONE } else { R::ZERO },
     }
     /// `x σ(x)`, also called swish.
     Silu "silu" | "swish" {
         unfused: |xs| xs.silu(),
+        ops: (1, 0),
         value: |x| x / (R::ONE + (-x).exp()),
         slope: |x| {
             let s = sigmoid(x);
@@ -166,6 +182,7 @@ activations! {
     /// The logistic function `σ(x) = 1 / (1 + exp(-x))`.
     Sigmoid "sigmoid" {
         unfused: |xs| candle_nn::ops::sigmoid(xs),
+        ops: (1, 0),
         value: |x| sigmoid(x),
         slope: |x| {
             let s = sigmoid(x);
@@ -175,18 +192,21 @@ activations! {
     /// `(x + 3) / 6`, kept between 0 and 1.
     HardSigmoid "hard_sigmoid" | "hardsigmoid" {
         unfused: |xs| candle_nn::ops::hard_sigmoid(xs),
+        ops: (4, 0),
         value: |x| hard_sigmoid(x),
         slope: |x| hard_sigmoid_slope(x),
     }
     /// `x` times [`HardSigmoid`](Self::HardSigmoid) of it.
     HardSwish "hard_swish" | "hardswish" {
         unfused: |xs| xs * candle_nn::ops::hard_sigmoid(xs)?,
+        ops: (4, 1),
         value: |x| x * hard_sigmoid(x),
         slope: |x| hard_sigmoid(x) + x * hard_sigmoid_slope(x),
     }
     /// `x tanh(ln(1 + exp(x)))`.
     Mish "mish" {
         unfused: |xs| candle_nn::ops::mish(xs),
+        ops: (4, 1),
         value: |x| x * tanh_softplus(x),
         slope: |x| {
             let t = tanh_softplus(x);
@@ -196,12 +216,14 @@ activations! {
     /// `x` where it is positive, `alpha (exp(x) - 1)` elsewhere.
     Elu(alpha = 1.0) "elu" {
         unfused: |xs| xs.elu(alpha),
+        ops: (1, 0),
         value: |x| if x.is_positive() { x } else { (x.exp() - R::ONE) * alpha },
         slope: |x| if x.is_positive() { R::ONE } else { x.exp() * alpha },
     }
     /// `x` where it is positive, `slope x` elsewhere.
     LeakyRelu(slope = 0.01) "leaky_relu" {
         unfused: |xs| candle_nn::ops::leaky_relu(xs, slope),
+        ops: (1, 3),
         value: |x| x.max_or_nan(R::ZERO) + x.min_or_nan(R::ZERO) * slope,
         slope: |x| if x > R::ZERO { R::ONE } else { slope },
     }

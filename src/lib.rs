@@ -8,8 +8,10 @@ pub mod cpu;
 mod nn;
 pub mod ops;
 mod parameters;
+mod plan;
 pub mod reference;
 
 pub use activation::{Activation, IntoActivation};
 pub use nn::{fused_mlp, fused_projector, fused_swiglu, Bias, FusedMlp, FusedSwiGlu, Naming};
 pub use parameters::{GateUp, PackedOrder};
+pub use plan::{plan, Cost, Plan, Workload};

@@ -9,7 +9,7 @@
 
 use crate::backward;
 use crate::cpu;
-use crate::parameters::{pack, pack_gate_up, Matrix, Packed, Projection, Slot};
+use crate::parameters::{halved, pack, pack_gate_up, Matrix, Packed, Projection, Slot};
 use crate::{Activation, GateUp, IntoActivation};
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor};
@@ -38,12 +38,8 @@ use half::{bf16, f16};
 /// ```
 pub fn fused_mlp(xs: &Tensor, fc1: &Linear, fc2: &Linear, activation: impl IntoActivation) -> Result<Tensor> {
     let activation = activation.into_activation()?;
-    const OP: &str = "fused-mlp";
-    let check = Check { op: OP, like: xs, like_name: "xs" };
-    let hidden_size = check.input()?;
-    let intermediate_size = check.linear("fc1", fc1, None, hidden_size)?;
-    check.linear("fc2", fc2, None, intermediate_size)?;
-    apply(OP, activation, xs, pack(&[fc1])?, pack(&[fc2])?)
+    mlp_sizes(xs, fc1, fc2)?;
+    apply(MLP, activation, xs, pack(&[fc1])?, pack(&[fc2])?)
 }
 
 /// `y = (act(x Wgᵀ + bg) · (x Wuᵀ + bu)) Wdᵀ + bd` in one op: SwiGLU with SiLU, GeGLU with GELU, ReGLU with ReLU.
@@ -57,18 +53,49 @@ pub fn fused_mlp(xs: &Tensor, fc1: &Linear, fc2: &Linear, activation: impl IntoA
 /// A dtype, device, rank or size other than these; the message names the argument, what was expected and what came.
 pub fn fused_swiglu(xs: &Tensor, gate_up: &GateUp, down: &Linear, activation: impl IntoActivation) -> Result<Tensor> {
     let activation = activation.into_activation()?;
-    const OP: &str = "fused-swiglu";
-    let check = Check { op: OP, like: xs, like_name: "xs" };
+    swiglu_sizes(xs, gate_up, down)?;
+    apply(SWIGLU, activation, xs, pack_gate_up(gate_up)?, pack(&[down])?)
+}
+
+const MLP: &str = "fused-mlp";
+const SWIGLU: &str = "fused-swiglu";
+
+/// The sizes of one call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Sizes {
+    pub tokens: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub out_features: usize,
+}
+
+/// Checks the arguments of [`fused_mlp`].
+pub(crate) fn mlp_sizes(xs: &Tensor, fc1: &Linear, fc2: &Linear) -> Result<Sizes> {
+    let check = Check { op: MLP, like: xs, like_name: "xs" };
+    let hidden_size = check.input()?;
+    let intermediate_size = check.linear("fc1", fc1, None, hidden_size)?;
+    let out_features = check.linear("fc2", fc2, None, intermediate_size)?;
+    let (tokens, _) = tokens_of(xs.shape())?;
+    Ok(Sizes { tokens, hidden_size, intermediate_size, out_features })
+}
+
+/// Checks the arguments of [`fused_swiglu`].
+pub(crate) fn swiglu_sizes(xs: &Tensor, gate_up: &GateUp, down: &Linear) -> Result<Sizes> {
+    let check = Check { op: SWIGLU, like: xs, like_name: "xs" };
     let hidden_size = check.input()?;
     let intermediate_size = match gate_up {
         GateUp::Separate { gate, up } => {
             let rows = check.linear("gate", gate, None, hidden_size)?;
             check.linear("up", up, Some(rows), hidden_size)?
         }
-        GateUp::Packed { linear, .. } => check.linear("packed gate and up", linear, None, hidden_size)? / 2,
+        GateUp::Packed { linear, .. } => {
+            check.linear("packed gate and up", linear, None, hidden_size)?;
+            halved(linear.weight())?
+        }
     };
-    check.linear("down", down, None, intermediate_size)?;
-    apply(OP, activation, xs, pack_gate_up(gate_up)?, pack(&[down])?)
+    let out_features = check.linear("down", down, None, intermediate_size)?;
+    let (tokens, _) = tokens_of(xs.shape())?;
+    Ok(Sizes { tokens, hidden_size, intermediate_size, out_features })
 }
 
 /// The checks of one call's arguments, or of one module's parameters.

@@ -64,7 +64,7 @@ impl GateUp {
 }
 
 /// Half of the first dimension of a packed weight or bias.
-fn halved(packed: &Tensor) -> Result<usize> {
+pub(crate) fn halved(packed: &Tensor) -> Result<usize> {
     match packed.dims().first() {
         Some(rows) if rows % 2 == 0 => Ok(rows / 2),
         _ => bail!(

@@ -26,6 +26,11 @@ const HIDDEN_BYTES: usize = 2 << 20;
 /// Operands of the summed dimension that are transposed at a time.
 const DEPTH_BLOCK: usize = 128;
 
+/// How often the weights are read for this many tokens.
+pub(crate) fn passes(tokens: usize) -> usize {
+    tokens.div_ceil(TOKEN_BLOCK).max(1)
+}
+
 /// One call's sizes and buffers.
 pub(crate) struct Gemm<'a, K: Kernel> {
     problem: &'a Problem<'a, K::Element>,
@@ -77,8 +82,7 @@ impl<'a, K: Kernel> Gemm<'a, K> {
     ) -> Result<Self> {
         let panel = n * K::LANES;
         let tokens = problem.xs.rows;
-        let blocks = tokens.div_ceil(TOKEN_BLOCK).max(1);
-        let block_tokens = tokens.div_ceil(blocks).next_multiple_of(m);
+        let block_tokens = tokens.div_ceil(passes(tokens)).next_multiple_of(m);
         // As many panels as the cache holds, at least two for each thread; then blocks of even size, and panels
         // that the threads share evenly.
         let intermediate = problem.gate.weight.rows;

@@ -165,6 +165,14 @@ pub(crate) enum Family {
 }
 
 impl Family {
+    /// How often the family reads the weights for this many tokens.
+    pub(crate) fn passes(self, tokens: usize) -> usize {
+        match self {
+            Self::Decode => 1,
+            Self::Gemm => gemm::passes(tokens),
+        }
+    }
+
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Decode => "decode",
@@ -178,6 +186,7 @@ impl Family {
 pub(crate) fn choose(dtype: DType, tokens: usize, rows_adjacent: bool) -> (Tier, Family) {
     let family = if tokens <= decode::MAX_TOKENS && rows_adjacent { Family::Decode } else { Family::Gemm };
     let tier = match Tier::current() {
+        _ if dtype == DType::F64 => Tier::Plain,
         // Pairs of bf16 are neighbours in a row. In a transposed weight they are not, and widening is faster.
         Tier::Avx512Bf16 if dtype != DType::BF16 || !rows_adjacent => Tier::Avx512,
         tier => tier,

@@ -1,0 +1,82 @@
+//! One MLP block of a LLaMA, run by candle's own ops and by this crate's, from the same weights.
+//!
+//! ```text
+//! cargo run --release --example llama_mlp_block
+//! cargo run --release --example llama_mlp_block -- --weights model.safetensors --layer 3 --tokens 1,16 --dtype bf16
+//! cargo run --release --example llama_mlp_block -- --weights model.safetensors.index.json --json
+//! cargo run --release --example llama_mlp_block -- --hidden 2048 --intermediate 8192 --tokens 4096 --iters 1
+//! ```
+//!
+//! Without `--weights` it makes a safetensors file of its own, with a LLaMA's names. Each row of the result is checked
+//! against f64. The exit code is 0 if every row is within its tolerance, 1 if one is not, 2 if the input is wrong.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `main.rs` | the order of things |
+//! | `options.rs` | the command line |
+//! | `weights.rs` | finding the block in a checkpoint, or making one |
+//! | `blocks.rs` | the block twice: as candle has it, and fused |
+//! | `measure.rs` | one row: plan, error, time, memory |
+//! | `report.rs` | what is printed |
+
+mod blocks;
+mod measure;
+mod options;
+mod report;
+#[path = "../../benches/support/mod.rs"]
+mod support;
+mod weights;
+
+use anyhow::Result;
+use indicatif::{ProgressBar, ProgressStyle};
+use options::{first_line, Options};
+use std::process::ExitCode;
+use std::time::Duration;
+use support::machine::Reader;
+use support::memory;
+use weights::Weights;
+
+#[global_allocator]
+static ALLOCATOR: memory::Counting = memory::Counting;
+
+fn main() -> ExitCode {
+    match Options::from_command_line().and_then(|options| options.map_or(Ok(true), |options| run(&options))) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("error: {}", first_line(&format!("{error:#}")));
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Measures and prints every row; whether all are within their tolerance.
+fn run(options: &Options) -> Result<bool> {
+    let device = options.device.open()?;
+    let weights = Weights::open(options)?;
+    let reader = Reader::new();
+    let bar = ProgressBar::new((options.dtypes.len() * options.tokens.len()) as u64)
+        .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len}  {msg}  {elapsed}")?);
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let mut rows = Vec::new();
+    for &dtype in &options.dtypes {
+        rows.extend(measure::rows(options, &weights, dtype, &device, &reader, &bar)?);
+    }
+    bar.finish_and_clear();
+    if options.json {
+        report::json(&rows)?;
+    } else {
+        report::human(&weights, &rows);
+    }
+    let wrong: Vec<_> = rows.iter().filter(|row| !row.is_within_tolerance()).collect();
+    for row in &wrong {
+        eprintln!(
+            "wrong: {} with {} tokens differs from f64 by {:.1e} (relative l2), more than {:.0e}",
+            row.dtype,
+            row.tokens,
+            row.rel_l2_err,
+            row.tolerance()
+        );
+    }
+    Ok(wrong.is_empty())
+}
