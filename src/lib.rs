@@ -1,4 +1,4 @@
-//! Fused MLPs for candle.
+#![doc = include_str!("../README.md")]
 #![deny(missing_docs)]
 #![warn(clippy::undocumented_unsafe_blocks)]
 

@@ -1,9 +1,10 @@
 //! Few tokens: dot products of the weights' rows, read once and in place, with every token.
 //!
 //! At these sizes the time is that of reading the weights, and memory is read fastest as one sequential stream a
-//! thread: so a row is multiplied with all tokens before the next is begun (two rows at a time where the tokens are
-//! many enough to keep the vector units busy), and prefetches run ahead of it across the ends of rows. Two phases:
-//! rows of the gate and up projections give the hidden layer, rows of the down projection the output.
+//! thread: so a row (a few rows, where tokens are many enough to keep the vector units busy) is multiplied with all
+//! tokens before the next is begun, and prefetches run ahead of it. Of several tokens, a block of columns at a time is
+//! multiplied with a chunk of rows, so that the tokens' operands stay in the first cache. Two phases: rows of the gate
+//! and up projections give the hidden layer, rows of the down projection the output.
 
 #![allow(clippy::needless_range_loop)] // registers are arrays indexed in loops that the compiler unrolls
 
@@ -16,10 +17,7 @@ use candle_core::Result;
 use std::ops::Range;
 
 /// The most tokens that this kernel takes.
-pub(crate) const MAX_TOKENS: usize = 16;
-
-/// Tokens that a row is multiplied with at a time.
-const TILE: usize = 8;
+pub(crate) const MAX_TOKENS: usize = 8;
 
 /// A task reads about this many bytes of weights in a stream, fewer where the threads would get too few tasks to end
 /// a phase together.
@@ -53,14 +51,15 @@ struct Rows<K: Kernel> {
 }
 
 impl<K: Kernel> Rows<K> {
-    /// Rows of `len` elements, to be written; their padding is zero, and so are the tokens that make whole tiles.
+    /// Rows of `len` elements, to be written; their padding is zero.
     fn new(tokens: usize, len: usize) -> Result<Self> {
-        let stride = len.div_ceil(K::DEPTH).next_multiple_of(K::LANES);
-        let padded = if tokens > TILE { tokens.next_multiple_of(TILE) } else { tokens };
-        let buffer = Buffer::<K::Operand>::new([padded, stride])?;
-        for token in 0..padded {
-            let from = if token < tokens { len / K::DEPTH } else { 0 };
-            for i in from..stride {
+        let end = len.div_ceil(K::DEPTH).next_multiple_of(K::LANES);
+        // Rows a multiple of 4 KiB apart would compete for the same few places in the first cache.
+        let line = 64 / size_of::<K::Operand>();
+        let stride = end.next_multiple_of(64 * line) + 64 / MAX_TOKENS * line;
+        let buffer = Buffer::<K::Operand>::new([tokens, stride])?;
+        for token in 0..tokens {
+            for i in len / K::DEPTH..end {
                 // SAFETY: within the row that was just reserved.
                 unsafe { *buffer.as_mut_ptr().add(token * stride + i) = K::Operand::default() };
             }
@@ -182,7 +181,7 @@ unsafe fn project<K: Kernel, const R: usize>(
         ($($tokens:literal: $r:expr, $u:literal;)*) => {
             match xs.tokens {
                 $($tokens => groups::<K, { $r }, $tokens, $u>(weight, rows, xs, sums),)*
-                _ => groups::<K, R, TILE, 1>(weight, rows, xs, sums),
+                _ => groups::<K, R, MAX_TOKENS, 1>(weight, rows, xs, sums),
             }
         };
     }
@@ -198,7 +197,7 @@ unsafe fn project<K: Kernel, const R: usize>(
     }
 }
 
-/// Goes through the rows in groups of `R`, and through the tokens `N` at a time, a block of columns after the other.
+/// Goes through the rows in groups of `R` for each block of columns, for `N` tokens.
 /// Where there are fewer rows than a group's, it repeats the last one.
 #[inline(always)]
 unsafe fn groups<K: Kernel, const R: usize, const N: usize, const U: usize>(
@@ -217,34 +216,32 @@ unsafe fn groups<K: Kernel, const R: usize, const N: usize, const U: usize>(
         weight.as_ptr().wrapping_add(row * weight.row_stride + block_start)
     };
     let mut partial = [[[K::zero(); N]; R]; CHUNK];
-    for token in (0..xs.tokens).step_by(N) {
-        for b in 0..blocks {
-            let start = b * block;
-            let len = block.min(weight.cols - start);
-            let x = xs.buffer.as_mut_ptr().add(token * xs.stride + start / K::DEPTH).cast_const();
-            for group in 0..groups {
-                // What is read some groups later, or else the rows after these.
-                let later = group + GROUPS_AHEAD;
-                let ahead = match () {
-                    _ if N == 1 => at(group, 0, AHEAD / size_of::<K::Element>()),
-                    _ if later < groups => at(later, 0, start),
-                    _ if b + 1 < blocks => at(later - groups, 0, start + block),
-                    _ => weight.as_ptr().wrapping_add((rows.end + later - groups) * weight.row_stride),
-                };
-                let mut w = [std::ptr::null(); R];
-                for r in 0..R {
-                    w[r] = at(group, r, start);
-                }
-                let group_sums = &mut partial[group];
-                if b == 0 {
-                    *group_sums = [[K::zero(); N]; R];
-                }
-                dots::<K, R, N, U>(w, (ahead, weight.row_stride), len, (x, xs.stride), group_sums);
-                if b + 1 == blocks {
-                    for r in 0..R.min(rows.len() - group * R) {
-                        for t in 0..N {
-                            sums[group * R + r][token + t] = K::total(group_sums[r][t]);
-                        }
+    for b in 0..blocks {
+        let start = b * block;
+        let len = block.min(weight.cols - start);
+        let x = xs.buffer.as_mut_ptr().add(start / K::DEPTH).cast_const();
+        for group in 0..groups {
+            // What is read some groups later, or else the rows after these.
+            let later = group + GROUPS_AHEAD;
+            let ahead = match () {
+                _ if N == 1 => at(group, 0, AHEAD / size_of::<K::Element>()),
+                _ if later < groups => at(later, 0, start),
+                _ if b + 1 < blocks => at(later - groups, 0, start + block),
+                _ => weight.as_ptr().wrapping_add((rows.end + later - groups) * weight.row_stride),
+            };
+            let mut w = [std::ptr::null(); R];
+            for r in 0..R {
+                w[r] = at(group, r, start);
+            }
+            let group_sums = &mut partial[group];
+            if b == 0 {
+                *group_sums = [[K::zero(); N]; R];
+            }
+            dots::<K, R, N, U>(w, (ahead, weight.row_stride), len, (x, xs.stride), group_sums);
+            if b + 1 == blocks {
+                for r in 0..R.min(rows.len() - group * R) {
+                    for t in 0..N {
+                        sums[group * R + r][t] = K::total(group_sums[r][t]);
                     }
                 }
             }

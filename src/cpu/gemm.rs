@@ -6,8 +6,9 @@
 //! never whole.
 //!
 //! A product runs on panels: `PANEL` rows of weights, transposed `DEPTH_BLOCK` operands at a time into a buffer that
-//! stays in the first caches, against `M` tokens, with all `M` x `PANEL` sums in registers. Each sum is one chain
-//! in the order of the operands, so that no bit depends on how the work is cut up or how many threads do it.
+//! stays in the first cache, against `M` tokens, with all `M` x `PANEL` sums in registers. Each such block is summed
+//! from zero and then added to the blocks before it, which keeps the rounding error of long sums small; blocks begin
+//! at multiples of their size, so that no bit depends on how the work is cut up or how many threads do it.
 
 #![allow(clippy::needless_range_loop)] // registers are arrays indexed in loops that the compiler unrolls
 
@@ -18,13 +19,14 @@ use super::{Element, Problem};
 use crate::parameters::{Matrix, Projection};
 use candle_core::Result;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Tokens in a block: enough that reading the weights again for the next block costs little beside the products.
 const TOKEN_BLOCK: usize = 512;
 /// Bytes of a block of the hidden layer, at most (unless more threads than its panels ask for more).
 const HIDDEN_BYTES: usize = 2 << 20;
-/// Operands of the summed dimension that are transposed at a time.
-const DEPTH_BLOCK: usize = 128;
+/// Operands of the summed dimension that are transposed and summed at a time: a multiple of every panel.
+const DEPTH_BLOCK: usize = 96;
 
 /// How often the weights are read for this many tokens.
 pub(crate) fn passes(tokens: usize) -> usize {
@@ -35,6 +37,7 @@ pub(crate) fn passes(tokens: usize) -> usize {
 pub(crate) struct Gemm<'a, K: Kernel> {
     problem: &'a Problem<'a, K::Element>,
     out: Output<K::Element>,
+    threads: usize,
     /// Tokens in a panel.
     m: usize,
     /// Output features in a panel.
@@ -48,6 +51,9 @@ pub(crate) struct Gemm<'a, K: Kernel> {
     /// The output's sums of a block of tokens: `[panels, block_tokens, panel]`.
     sums: Buffer<Sum<K>>,
     phases: Vec<Phase>,
+    /// One for each thread, and how many are taken.
+    scratch: Vec<Scratch<K>>,
+    taken: AtomicUsize,
 }
 
 /// What the tasks of one phase do.
@@ -83,13 +89,14 @@ impl<'a, K: Kernel> Gemm<'a, K> {
         let panel = n * K::LANES;
         let tokens = problem.xs.rows;
         let block_tokens = tokens.div_ceil(passes(tokens)).next_multiple_of(m);
-        // As many panels as the cache holds, at least two for each thread; then blocks of even size, and panels
-        // that the threads share evenly.
+        // As many panels as the cache holds, at least two for each thread; then blocks of even size that begin where
+        // blocks of the summed dimension do.
         let intermediate = problem.gate.weight.rows;
         let panels = intermediate.div_ceil(panel).max(1);
         let panel_bytes = block_tokens * panel / K::DEPTH * size_of::<K::Operand>();
         let most = (HIDDEN_BYTES / panel_bytes).max(2 * threads).min(panels);
-        let block_panels = panels.div_ceil(panels.div_ceil(most)).next_multiple_of(threads).min(panels);
+        let unit = DEPTH_BLOCK * K::DEPTH / panel;
+        let block_panels = panels.div_ceil(panels.div_ceil(most)).next_multiple_of(unit).min(panels);
 
         let mut phases = Vec::new();
         for first in (0..tokens).step_by(block_tokens) {
@@ -103,9 +110,14 @@ impl<'a, K: Kernel> Gemm<'a, K> {
             }
         }
         let hidden_size = problem.xs.cols;
+        let scratch = || {
+            let weights = Buffer::new([DEPTH_BLOCK, panel])?;
+            Ok(Scratch { weights, sums: Buffer::new([2, block_tokens, panel])? })
+        };
         Ok(Self {
             problem,
             out: Output::new(out),
+            threads,
             m,
             panel,
             block_tokens,
@@ -113,6 +125,8 @@ impl<'a, K: Kernel> Gemm<'a, K> {
             hidden: Buffer::new([block_tokens, block_panels * panel / K::DEPTH])?,
             sums: Buffer::new([problem.down.weight.rows.div_ceil(panel) * panel, block_tokens])?,
             phases,
+            scratch: (0..threads).map(|_| scratch()).collect::<Result<_>>()?,
+            taken: AtomicUsize::new(0),
         })
     }
 
@@ -133,18 +147,22 @@ impl<'a, K: Kernel> Gemm<'a, K> {
     #[inline(always)]
     pub(crate) unsafe fn work<const M: usize, const N: usize>(&self, schedule: &Schedule) {
         debug_assert_eq!((self.m, self.panel), (M, N * K::LANES));
-        let scratch = Scratch::<K> {
-            weights: Buffer::new([DEPTH_BLOCK, self.panel]).expect("memory for a panel of weights"),
-            sums: Buffer::new([2, self.block_tokens, self.panel]).expect("memory for a panel of sums"),
+        let Some(scratch) = self.scratch.get(self.taken.fetch_add(1, Ordering::Relaxed)) else {
+            return;
         };
         while let Some(ticket) = schedule.draw() {
             let task = ticket.task;
             match &self.phases[ticket.phase] {
                 Phase::Copy { tokens } => self.copy::<M>(tokens, task),
-                Phase::Hidden { tokens, block } => self.hidden_panel::<M, N>(tokens, block, task, &scratch),
-                Phase::Out { tokens, block } => self.out_panel::<M, N>(tokens, block, task, &scratch),
+                Phase::Hidden { tokens, block } => self.hidden_panel::<M, N>(tokens, block, task, scratch),
+                Phase::Out { tokens, block } => self.out_panel::<M, N>(tokens, block, task, scratch),
             }
         }
+    }
+
+    /// The first row of the panel that this thread will most likely work on after this one.
+    fn later(&self, rows: &Range<usize>) -> usize {
+        rows.start + self.threads * self.panel
     }
 
     /// Copies a panel of tokens, those past the end as zeros.
@@ -195,7 +213,9 @@ impl<'a, K: Kernel> Gemm<'a, K> {
 
         for d in blocks(depth) {
             for (projection, sums) in std::iter::once((gate, gate_sums)).chain(up.iter().map(|up| (up, up_sums))) {
-                pack::<K, N>(&projection.weight, &rows, 0, &d, weights);
+                let weight = &projection.weight;
+                let ahead = if d.end < depth { (rows.start, d.end * K::DEPTH) } else { (self.later(&rows), 0) };
+                pack::<K, N>(weight, &rows, 0, &d, weights, ahead);
                 for p in 0..token_panels {
                     let x = self.xs.as_mut_ptr().add((p * depth + d.start) * M);
                     multiply::<K, M, N>(d.len(), x, weights, sums.add(p * M * self.panel), d.start == 0);
@@ -247,7 +267,9 @@ impl<'a, K: Kernel> Gemm<'a, K> {
         let weights = scratch.weights.as_mut_ptr();
 
         for d in blocks(depth) {
-            pack::<K, N>(&down.weight, &rows, block.start, &d, weights);
+            let next = block.start + d.end * K::DEPTH;
+            let ahead = if d.end < depth { (rows.start, next) } else { (self.later(&rows), block.start) };
+            pack::<K, N>(&down.weight, &rows, block.start, &d, weights, ahead);
             for p in 0..token_panels {
                 let x = self.hidden.as_mut_ptr().add((p * depth + d.start) * M);
                 let fresh = block.start == 0 && d.start == 0;
@@ -303,7 +325,8 @@ fn operand_at<K: Kernel>(matrix: &Matrix<K::Element>, row: usize, d: usize) -> K
 }
 
 /// Transposes the operands `depth` (counted from column `first_col` on) of up to `N * LANES` rows into
-/// `[depth, N * LANES]`, the rows that are missing as zeros.
+/// `[depth, N * LANES]`, the rows that are missing as zeros. `ahead` is the row and column of what is packed next, which
+/// is prefetched: it comes from memory while the products run.
 #[inline(always)]
 unsafe fn pack<K: Kernel, const N: usize>(
     matrix: &Matrix<K::Element>,
@@ -311,6 +334,7 @@ unsafe fn pack<K: Kernel, const N: usize>(
     first_col: usize,
     depth: &Range<usize>,
     to: *mut K::Operand,
+    (ahead_row, ahead_col): (usize, usize),
 ) {
     let Matrix { cols, row_stride, col_stride, .. } = *matrix;
     let panel = N * K::LANES;
@@ -324,13 +348,12 @@ unsafe fn pack<K: Kernel, const N: usize>(
                 let col = first_col + d * K::DEPTH;
                 let from = matrix.as_ptr().add(row * row_stride + col);
                 let to = to.add((d - depth.start) * panel);
+                let ahead = (ahead_row + n * K::LANES) * row_stride + ahead_col + (d - depth.start) * K::DEPTH;
                 let mut lanes = [zero; MAX_LANES];
                 if valid == K::LANES && d + K::LANES <= depth.end && col + K::LANES * K::DEPTH <= cols {
                     for r in 0..K::LANES {
-                        let from = from.add(r * row_stride);
-                        // The line that the next block of the summed dimension begins with, or one of those after it.
-                        K::prefetch(from.wrapping_add(DEPTH_BLOCK * K::DEPTH));
-                        lanes[r] = K::elements(from);
+                        K::prefetch_far(matrix.as_ptr().wrapping_add(ahead + r * row_stride));
+                        lanes[r] = K::elements(from.add(r * row_stride));
                     }
                     K::transpose(&mut lanes[..K::LANES]);
                     for i in 0..K::LANES {
@@ -379,13 +402,6 @@ unsafe fn multiply<K: Kernel, const M: usize, const N: usize>(
     let panel = N * K::LANES;
     let zero = K::splat(&K::Operand::default());
     let mut sums = [[K::zero(); N]; M];
-    if !fresh {
-        for m in 0..M {
-            for n in 0..N {
-                sums[m][n] = K::load_sums(to.add(m * panel + n * K::LANES));
-            }
-        }
-    }
     for d in 0..depth {
         let mut w = [zero; N];
         for n in 0..N {
@@ -400,7 +416,8 @@ unsafe fn multiply<K: Kernel, const M: usize, const N: usize>(
     }
     for m in 0..M {
         for n in 0..N {
-            K::store_sums(to.add(m * panel + n * K::LANES), sums[m][n]);
+            let to = to.add(m * panel + n * K::LANES);
+            K::store_sums(to, if fresh { sums[m][n] } else { K::add(K::load_sums(to), sums[m][n]) });
         }
     }
 }
