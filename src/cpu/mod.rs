@@ -197,12 +197,20 @@ pub(crate) fn choose(dtype: DType, tokens: usize, rows_adjacent: bool) -> (Tier,
 /// Operations that a thread should have to do before another is worth waking.
 const OPERATIONS_PER_THREAD: usize = 1 << 18;
 
+/// The largest size of a dimension: what is left of usize is room for rounding up, and for counting bytes.
+const MAX_SIZE: usize = isize::MAX as usize / 16;
+
 /// The output `[tokens, out_features]` of an MLP, row by row.
 ///
 /// # Errors
-/// More output than there is memory for.
+/// A dimension, of x or of a weight, that no memory could hold the vectors of; more output than there is memory for.
 pub(crate) fn forward<E: Element>(op: &'static str, problem: &Problem<E>) -> Result<Vec<E>> {
     let (tokens, out_features) = (problem.xs.rows, problem.down.weight.rows);
+    for size in [tokens, problem.xs.cols, problem.gate.weight.rows, out_features] {
+        if size > MAX_SIZE {
+            bail!("{op}: expected dimensions of at most {MAX_SIZE}, found one of {size}");
+        }
+    }
     let mut out: Vec<E> = Vec::new();
     match tokens.checked_mul(out_features) {
         Some(len) if out.try_reserve_exact(len).is_ok() => out.resize(len, E::default()),
