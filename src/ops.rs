@@ -6,6 +6,11 @@
 //!
 //! Sums are kept in f32 (f64 for f64), and each layer rounds once, at its end: the hidden layer after activation and
 //! product, the output after its bias. The backward pass recomputes the hidden layer instead of storing it.
+//!
+//! NaN and infinity come out where candle's own ops have them, in x or in a parameter, but for two cases, both for want
+//! of a rounding: in f16 and bf16 candle rounds after every op, so that what overflows or vanishes between the layers
+//! there need not do so here; and far below zero candle's tanh GELU is 0 where this one is a small number, which tells
+//! only where up is infinite, and their product NaN there.
 
 use crate::backward;
 use crate::cpu;
@@ -206,7 +211,7 @@ impl MlpOp {
         let xs = match flattened(xs_layout, tokens) {
             Some(layout) => Matrix::new(xs, &layout)?,
             None => {
-                gathered = cpu::gather(xs, xs_layout)?;
+                gathered = cpu::gather(self.name, xs, xs_layout)?;
                 Matrix::new(&gathered, &Layout::contiguous((tokens, hidden_size)))?
             }
         };

@@ -224,23 +224,23 @@ pub(crate) fn forward<E: Element>(op: &'static str, problem: &Problem<E>) -> Res
     Ok(out)
 }
 
-/// The elements of a tensor in order, whatever its strides.
+/// The elements of an op's x in order, whatever its strides.
 ///
 /// # Errors
 /// A layout that reaches past the storage, or more elements than there is memory for.
-pub(crate) fn gather<E: Copy>(storage: &[E], layout: &Layout) -> Result<Vec<E>> {
+pub(crate) fn gather<E: Copy>(op: &str, storage: &[E], layout: &Layout) -> Result<Vec<E>> {
     let (dims, strides) = (layout.dims(), layout.stride());
     let len = layout.shape().elem_count();
     let mut out = Vec::new();
     if out.try_reserve_exact(len).is_err() {
-        bail!("cpu: expected room for a contiguous copy of xs, {dims:?}, found none");
+        bail!("{op}: xs: expected a tensor whose contiguous copy fits in memory, found shape {dims:?}");
     }
     let mut index = vec![0; dims.len()];
     for _ in 0..len {
         let offset = layout.start_offset() + index.iter().zip(strides).map(|(i, s)| i * s).sum::<usize>();
         match storage.get(offset) {
             Some(value) => out.push(*value),
-            None => bail!("cpu: xs: a layout of {layout:?} reaches past its storage"),
+            None => bail!("{op}: xs: expected a layout within its storage, found {layout:?}"),
         }
         for (i, &dim) in index.iter_mut().zip(dims).rev() {
             *i += 1;
