@@ -9,6 +9,12 @@ use candle_nn::Linear;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+thread_local! {
+    /// What candle's backward pass makes of this variable, read as late.
+    static KEEP_GRAPH: bool =
+        std::env::var("CANDLE_GRAD_DO_NOT_DETACH").is_ok_and(|value| !value.is_empty() && value != "0");
+}
+
 type Gradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 /// The gradients of x and of the two layers' arguments, each `None` where it is not tracked.
@@ -19,7 +25,9 @@ type Gradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 /// - `d gate = dh · up · act'(gate)`, `d up = dh · act(gate)`
 /// - `dW = dpᵀ x`, `db = Σ dp` over the tokens, `dx = Σ dp W` over the projections
 ///
-/// Nothing is computed that no tracked tensor asks for.
+/// candle hands over gradients without their graph, unless `CANDLE_GRAD_DO_NOT_DETACH` asks for gradients of gradients.
+/// Only then is the graph of this pass kept (otherwise it would keep every hidden layer in memory), and a second pass
+/// through it ends in an error that names [`HiddenGradients`].
 ///
 /// # Errors
 /// Those of the candle ops.
@@ -29,9 +37,8 @@ pub(crate) fn gradients(
     (first_argument, second_argument): (&Tensor, &Tensor),
     out_gradient: &Tensor,
 ) -> Result<Gradients> {
-    // candle hands over a detached gradient unless CANDLE_GRAD_DO_NOT_DETACH asks for gradients of gradients. Only
-    // then the graph of this pass is wanted; keeping it otherwise would keep every hidden layer in memory.
-    let plain = |t: &Tensor| if out_gradient.track_op() { t.clone() } else { t.detach() };
+    let keep_graph = KEEP_GRAPH.with(|keep| *keep);
+    let plain = |t: &Tensor| if keep_graph { t.clone() } else { t.detach() };
     let (xs, tracks_xs) = (plain(xs), xs.track_op());
     let linears = |projections: &[Projection], argument: &Tensor| {
         let argument = plain(argument);
@@ -40,10 +47,12 @@ pub(crate) fn gradients(
     let (first_tensors, second_tensors) = (linears(first, first_argument)?, linears(second, second_argument)?);
     let (down, tracks_down) = (&second_tensors[0], &second[0]);
 
-    let hidden_size = xs.dims().last().copied().unwrap_or(1);
-    let rows = |t: &Tensor, cols: usize| t.reshape((t.elem_count() / cols.max(1), cols));
-    let flat_xs = rows(&xs, hidden_size)?;
-    let dy = rows(out_gradient, down.weight.dim(0)?)?;
+    let Some((&hidden_size, leading)) = xs.dims().split_last() else {
+        bail!("expected x of at least one dimension, found a scalar");
+    };
+    let tokens = leading.iter().product::<usize>();
+    let flat_xs = xs.reshape((tokens, hidden_size))?;
+    let dy = out_gradient.reshape((tokens, down.weight.dim(0)?))?;
 
     let preactivations = first_tensors
         .iter()

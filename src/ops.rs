@@ -6,6 +6,11 @@
 //!
 //! Sums are kept in f32 (f64 for f64), and each layer rounds once, at its end: the hidden layer after activation and
 //! product, the output after its bias. The backward pass recomputes the hidden layer instead of storing it.
+//!
+//! NaN and infinity come out where candle's own ops have them, in x or in a parameter, but for two cases, both for want
+//! of a rounding: in f16 and bf16 candle rounds after every op, so that what overflows or vanishes between the layers
+//! there need not do so here; and far below zero candle's tanh GELU is 0 where this one is a small number, which tells
+//! only where up is infinite, and their product NaN there.
 
 use crate::backward;
 use crate::cpu;
@@ -75,8 +80,7 @@ pub(crate) fn mlp_sizes(xs: &Tensor, fc1: &Linear, fc2: &Linear) -> Result<Sizes
     let hidden_size = check.input()?;
     let intermediate_size = check.linear("fc1", fc1, None, hidden_size)?;
     let out_features = check.linear("fc2", fc2, None, intermediate_size)?;
-    let (tokens, _) = tokens_of(xs.shape())?;
-    Ok(Sizes { tokens, hidden_size, intermediate_size, out_features })
+    check.sizes(intermediate_size, out_features)
 }
 
 /// Checks the arguments of [`fused_swiglu`].
@@ -94,8 +98,7 @@ pub(crate) fn swiglu_sizes(xs: &Tensor, gate_up: &GateUp, down: &Linear) -> Resu
         }
     };
     let out_features = check.linear("down", down, None, intermediate_size)?;
-    let (tokens, _) = tokens_of(xs.shape())?;
-    Ok(Sizes { tokens, hidden_size, intermediate_size, out_features })
+    check.sizes(intermediate_size, out_features)
 }
 
 /// The checks of one call's arguments, or of one module's parameters.
@@ -116,10 +119,18 @@ impl Check<'_> {
             other => bail!("{op}: {like_name}: expected a tensor on the CPU, found one on {:?}", other.location()),
         }
         self.dtype()?;
-        match like.dims().last() {
-            Some(&hidden_size) => Ok(hidden_size),
-            None => bail!("{op}: {like_name}: expected at least one dimension, found a scalar"),
+        Ok(tokens_of(op, like.shape())?.1)
+    }
+
+    /// The sizes of a call, whose output is checked to have a size.
+    fn sizes(&self, intermediate_size: usize, out_features: usize) -> Result<Sizes> {
+        let Self { op, like, .. } = self;
+        let (tokens, hidden_size) = tokens_of(op, like.shape())?;
+        let dims = with_last(like.dims(), out_features);
+        if !has_size(&dims) {
+            bail!("{op}: expected an output that fits in memory, found one of shape {dims:?}");
         }
+        Ok(Sizes { tokens, hidden_size, intermediate_size, out_features })
     }
 
     /// Checks that the dtype is one of those that the ops take.
@@ -196,11 +207,11 @@ impl MlpOp {
         let (first, second) = (matrices::<E>(&first_sources, first.0)?, matrices::<E>(&second_sources, second.0)?);
         let gathered;
         let xs = xs.as_slice::<E>()?;
-        let xs = match flattened(xs_layout)? {
+        let (tokens, hidden_size) = tokens_of(self.name, xs_layout.shape())?;
+        let xs = match flattened(xs_layout, tokens) {
             Some(layout) => Matrix::new(xs, &layout)?,
             None => {
-                let (tokens, hidden_size) = tokens_of(xs_layout.shape())?;
-                gathered = cpu::gather(xs, xs_layout)?;
+                gathered = cpu::gather(self.name, xs, xs_layout)?;
                 Matrix::new(&gathered, &Layout::contiguous((tokens, hidden_size)))?
             }
         };
@@ -213,11 +224,7 @@ impl MlpOp {
             activation: self.activation,
         };
         let out = cpu::forward(self.name, &problem)?;
-        let mut dims = xs_layout.dims().to_vec();
-        if let Some(last) = dims.last_mut() {
-            *last = out_features;
-        }
-        Ok((E::to_cpu_storage_owned(out), dims.into()))
+        Ok((E::to_cpu_storage_owned(out), with_last(xs_layout.dims(), out_features).into()))
     }
 }
 
@@ -247,35 +254,44 @@ fn matrices<'a, E: cpu::Element>(
     sources.iter().map(|projection| projection.map(view)).collect()
 }
 
-/// The number of vectors in a tensor of this shape, and their length.
-fn tokens_of(shape: &Shape) -> Result<(usize, usize)> {
-    let Some((&hidden_size, leading)) = shape.dims().split_last() else {
-        bail!("expected at least one dimension, found a scalar");
-    };
-    match leading.iter().try_fold(1usize, |n, &d| n.checked_mul(d)) {
-        Some(tokens) if tokens.checked_mul(hidden_size).is_some() => Ok((tokens, hidden_size)),
-        _ => bail!("expected a tensor whose element count fits in usize, found shape {:?}", shape.dims()),
+/// The number of vectors in an op's x of this shape, and their length.
+fn tokens_of(op: &str, shape: &Shape) -> Result<(usize, usize)> {
+    let dims = shape.dims();
+    match dims.split_last() {
+        None => bail!("{op}: xs: expected at least one dimension, found a scalar"),
+        Some(_) if !has_size(dims) => {
+            bail!("{op}: xs: expected a tensor whose element count fits in usize, found shape {dims:?}")
+        }
+        Some((&hidden_size, leading)) => Ok((leading.iter().product(), hidden_size)),
     }
 }
 
+/// Whether the element count of these dimensions fits in usize, and so does every stride of a tensor of them.
+fn has_size(dims: &[usize]) -> bool {
+    dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1))).is_some()
+}
+
+/// These dimensions, the last one replaced.
+fn with_last(dims: &[usize], last: usize) -> Vec<usize> {
+    let leading = dims.len().saturating_sub(1);
+    dims[..leading].iter().copied().chain([last]).collect()
+}
+
 /// The same elements as a matrix of `[tokens, hidden_size]`, if one stride can describe all the leading dimensions.
-fn flattened(layout: &Layout) -> Result<Option<Layout>> {
-    let (tokens, hidden_size) = tokens_of(layout.shape())?;
-    let Some((&col_stride, strides)) = layout.stride().split_last() else {
-        return Ok(None);
-    };
+fn flattened(layout: &Layout, tokens: usize) -> Option<Layout> {
+    let (&hidden_size, leading) = layout.dims().split_last()?;
+    let (&col_stride, strides) = layout.stride().split_last()?;
     let mut row_stride = 0;
-    let mut inner = 1;
-    for (&dim, &stride) in layout.dims().iter().zip(strides).rev().filter(|(&dim, _)| dim != 1) {
+    let mut inner = 1usize;
+    for (&dim, &stride) in leading.iter().zip(strides).rev().filter(|(&dim, _)| dim != 1) {
         if inner == 1 {
             row_stride = stride;
-        } else if stride != row_stride * inner {
-            return Ok(None);
+        } else if inner.checked_mul(row_stride) != Some(stride) {
+            return None;
         }
         inner *= dim;
     }
-    let stride = vec![row_stride, col_stride];
-    Ok(Some(Layout::new((tokens, hidden_size).into(), stride, layout.start_offset())))
+    Some(Layout::new((tokens, hidden_size).into(), vec![row_stride, col_stride], layout.start_offset()))
 }
 
 impl CustomOp3 for MlpOp {

@@ -164,13 +164,17 @@ pub(crate) struct Packed {
     pub projections: Vec<Projection>,
 }
 
+/// The parameters of a layer, in the order of [`Projection::parts`].
+fn parameters<'a>(linears: &'a [&Linear]) -> impl Iterator<Item = &'a Tensor> {
+    linears.iter().flat_map(|linear| std::iter::once(linear.weight()).chain(linear.bias()))
+}
+
 /// Packs a layer of one or more projections.
 ///
 /// # Errors
 /// Those of candle's `cat`.
 pub(crate) fn pack(linears: &[&Linear]) -> Result<Packed> {
-    let tensors = || linears.iter().flat_map(|linear| std::iter::once(linear.weight()).chain(linear.bias()));
-    let tracked: Vec<&Tensor> = tensors().filter(|t| t.track_op()).collect();
+    let tracked: Vec<&Tensor> = parameters(linears).filter(|t| t.track_op()).collect();
     let argument = match tracked.as_slice() {
         [] => linears[0].weight().clone(),
         [only] => (*only).clone(),
@@ -193,6 +197,13 @@ pub(crate) fn pack(linears: &[&Linear]) -> Result<Packed> {
         .map(|linear| Projection { weight: linear.weight().clone(), bias: linear.bias().cloned() }.map(&mut slot))
         .collect::<Result<Vec<_>>>()?;
     Ok(Packed { argument, projections })
+}
+
+/// Whether the elements of every weight's rows are adjacent where the op reads them, once a layer of these projections
+/// is packed: several tracked parameters are copied, which makes them so.
+pub(crate) fn rows_adjacent(linears: &[&Linear]) -> bool {
+    let copied = parameters(linears).filter(|t| t.track_op()).count() > 1;
+    linears.iter().map(|linear| linear.weight()).all(|w| w.stride().last() == Some(&1) || copied && w.track_op())
 }
 
 /// Packs the first layer of a gated MLP; its two projections are the gate and up, in this order.

@@ -2,6 +2,7 @@
 
 use crate::cpu;
 use crate::ops::{mlp_sizes, swiglu_sizes, Sizes};
+use crate::parameters::rows_adjacent;
 use crate::{Activation, GateUp, IntoActivation};
 use candle_core::{bail, DType, DeviceLocation, Error, Result, Tensor};
 use candle_nn::Linear;
@@ -36,7 +37,8 @@ pub struct Workload {
     /// The dtype of x and of every parameter.
     #[serde(serialize_with = "dtype_name")]
     pub dtype: DType,
-    /// Whether the elements of each weight's rows are adjacent in memory, as they are unless it is a transposed view.
+    /// Whether the elements of each weight's rows are adjacent where the op reads them, as they are unless it is a
+    /// transposed view. (Of several tracked parameters of a layer it reads copies, whose rows are adjacent.)
     pub rows_adjacent: bool,
 }
 
@@ -151,7 +153,7 @@ impl Plan {
             gate_bias: fc1.bias().is_some(),
             down_bias: fc2.bias().is_some(),
             dtype: xs.dtype(),
-            rows_adjacent: [fc1, fc2].into_iter().all(rows_adjacent),
+            rows_adjacent: rows_adjacent(&[fc1]) && rows_adjacent(&[fc2]),
             ..Workload::mlp(0, 0, 0).with_sizes(sizes)
         };
         plan(&workload, xs.device().location())
@@ -181,6 +183,7 @@ impl Plan {
             GateUp::Separate { gate, up } => (gate, up, false),
             GateUp::Packed { linear, .. } => (linear, linear, true),
         };
+        let first: &[&Linear] = if packed { &[gate] } else { &[gate, up] };
         let workload = Workload {
             packed,
             activation: activation.into_activation()?,
@@ -188,16 +191,11 @@ impl Plan {
             up_bias: up.bias().is_some(),
             down_bias: down.bias().is_some(),
             dtype: xs.dtype(),
-            rows_adjacent: [gate, up, down].into_iter().all(rows_adjacent),
+            rows_adjacent: rows_adjacent(first) && rows_adjacent(&[down]),
             ..Workload::swiglu(0, 0, 0).with_sizes(sizes)
         };
         plan(&workload, xs.device().location())
     }
-}
-
-/// Whether a weight's columns are adjacent, as the kernels ask.
-fn rows_adjacent(linear: &Linear) -> bool {
-    linear.weight().stride().last() == Some(&1)
 }
 
 /// What would run for this workload on this device, on this thread's instruction set ([`cpu::Tier::current`]).
@@ -500,7 +498,7 @@ mod tests {
             assert_eq!(kernel(few)?, format!("cpu-decode-{wide}"));
             assert_eq!(kernel(Workload { dtype: DType::BF16, ..few })?, format!("cpu-decode-{tier}"));
             assert_eq!(kernel(Workload { dtype: DType::F64, ..few })?, "cpu-decode-plain");
-            assert_eq!(kernel(Workload { tokens: 9, ..few })?, format!("cpu-gemm-{wide}"));
+            assert_eq!(kernel(Workload { tokens: 100, ..few })?, format!("cpu-gemm-{wide}"));
             assert_eq!(kernel(Workload { rows_adjacent: false, ..few })?, format!("cpu-gemm-{wide}"));
         }
         Ok(())
@@ -530,6 +528,13 @@ mod tests {
         let expected =
             Workload { gate_bias: true, dtype: DType::F16, rows_adjacent: false, ..Workload::swiglu(6, 4, 5) };
         assert_eq!(found.workload, expected);
+
+        // Of two variables of a layer, the op reads copies.
+        let variable = || Var::zeros((5, 4), DType::F16, &Device::Cpu)?.as_tensor().t();
+        for (bias, rows_adjacent) in [(None, false), (Some(Var::zeros(4, DType::F16, &Device::Cpu)?), true)] {
+            let down = Linear::new(variable()?, bias.map(|bias| bias.as_tensor().clone()));
+            assert_eq!(Plan::of_swiglu(&xs, &separate, &down, Activation::Silu)?.workload.rows_adjacent, rows_adjacent);
+        }
 
         let packed = GateUp::Packed { linear: linear(10, 4, true)?, order: crate::PackedOrder::UpGate };
         let found = Plan::of_swiglu(&xs, &packed, &linear(4, 5, false)?, Activation::Silu)?;

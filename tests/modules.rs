@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{test_device, DType, Device, Module, Result, Tensor, Var};
 use candle_fused_mlp::{
-    fused_mlp, fused_swiglu, reference, Activation, Bias, FusedMlp, FusedSwiGlu, GateUp, Naming, PackedOrder,
+    fused_mlp, fused_swiglu, reference, Activation, Bias, FusedMlp, FusedSwiGlu, GateUp, Naming, PackedOrder, Plan,
 };
 use candle_nn::{AdamW, Linear, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use common::*;
@@ -27,6 +27,10 @@ fn from_a_models_layers(device: &Device) -> Result<()> {
         let GateUp::Separate { gate: held_gate, up: held_up } = module.gate_up() else { panic!() };
         assert_eq!(held_gate.weight().id(), gate.weight().id());
         assert_eq!(held_up.weight().id(), up.weight().id());
+
+        assert_eq!(module.plan(&xs)?, Plan::of_swiglu(&xs, module.gate_up(), &down, Activation::Silu)?);
+        let workload = module.plan(&xs)?.workload;
+        assert_eq!((workload.tokens, workload.gate_bias, workload.up_bias), (6, bias, !bias));
 
         let geglu = module.clone().with_activation(candle_nn::Activation::NewGelu)?;
         assert_eq!(geglu.activation(), Activation::GeluTanh);
@@ -62,6 +66,9 @@ fn from_a_models_layers(device: &Device) -> Result<()> {
             assert!(relative_error(&module.forward(&xs)?, &exact)? <= 1e-12);
             assert_eq!((module.hidden_size(), module.intermediate_size(), module.out_features()), (24, 40, 10));
             assert_eq!(module.activation(), Activation::Gelu);
+            let workload = module.plan(&xs)?.workload;
+            assert_eq!(workload, Plan::of_mlp(&xs, &fc1, &fc2, Activation::Gelu)?.workload);
+            assert_eq!((workload.out_features, workload.gate_bias, workload.down_bias), (10, fc1_bias, fc2_bias));
             assert_eq!(module.fc1().weight().id(), fc1.weight().id());
             assert_eq!(module.fc2().weight().id(), fc2.weight().id());
             assert_eq!(module.fc2().bias().map(|b| b.id()), fc2.bias().map(|b| b.id()));
@@ -149,6 +156,7 @@ fn wrong_tensors_are_named() -> Result<()> {
     says(error, &["elementwise", "FusedSwiGlu"]);
     let module = FusedSwiGlu::from_linears(&linear(&[8, 4])?, &linear(&[8, 4])?, &linear(&[4, 8])?)?;
     says(module.clone().with_activation(swiglu).map(|m| format!("{m:?}")), &["elementwise"]);
+    says(module.plan(&f32(&[2, 5])?).map(|plan| plan.to_string()), &["fused-swiglu", "[out_features, 5]", "[8, 4]"]);
     says(module.forward(&f32(&[2, 5])?).map(|y| format!("{y:?}")), &["fused-swiglu", "[out_features, 5]", "[8, 4]"]);
     Ok(())
 }

@@ -1,10 +1,11 @@
-//! Both ops against their unfused twins in f64: shapes, dtypes, activations, biases, strides, tiers.
+//! Both ops against their unfused twins in f64: shapes, dtypes, activations, biases, tiers; NaN and infinity.
 
 mod common;
 
-use candle_core::{test_device, DType, Device, Result};
+use candle_core::{test_device, DType, Device, Result, Tensor};
 use candle_fused_mlp::ops::{fused_mlp, fused_swiglu};
-use candle_fused_mlp::{Activation, GateUp, PackedOrder};
+use candle_fused_mlp::{reference, Activation, GateUp, PackedOrder};
+use candle_nn::Linear;
 use common::*;
 
 /// Checks both ops at one size, every tier.
@@ -71,3 +72,107 @@ fn packed_is_separate(device: &Device) -> Result<()> {
     Ok(())
 }
 test_device!(packed_is_separate, packed_is_separate_cpu, packed_is_separate_gpu, packed_is_separate_metal);
+
+/// What kind of number this is: `nan`, `inf`, `-inf` or nothing.
+fn kind(value: f64) -> &'static str {
+    match value {
+        v if v.is_nan() => "nan",
+        f64::INFINITY => "inf",
+        f64::NEG_INFINITY => "-inf",
+        _ => "",
+    }
+}
+
+/// A copy of this tensor with `special` at one place, in every row or in one.
+fn with_special(random: &mut Random, tensor: &Tensor, special: f64, every_row: bool) -> Result<Tensor> {
+    let cols = *tensor.dims().last().unwrap();
+    let mut data = values(tensor)?;
+    let (at, rows) = (random.range(0..data.len()), data.len() / cols);
+    if every_row {
+        (0..rows).for_each(|row| data[row * cols + at % cols] = special);
+    } else {
+        data[at] = special;
+    }
+    Tensor::from_vec(data, tensor.dims(), tensor.device())?.to_dtype(tensor.dtype())
+}
+
+/// NaN and infinity, in x or in a parameter, come out where candle's own ops have them, and nowhere else: nothing
+/// that pads a vector or a panel adds any.
+fn not_finite_where_candle_is_not(device: &Device) -> Result<()> {
+    let random = &mut Random::new(11);
+    let sizes =
+        [(1, 5, 1, 6), (3, 5, 3, 6), (2, 17, 33, 7), (9, 40, 7, 50), (20, 5, 1, 6), (20, 37, 51, 6), (40, 3, 97, 49)];
+    let mut seen = std::collections::BTreeMap::<(&str, &str), usize>::new();
+    for (dtype, transposed) in DTYPES.into_iter().flat_map(|dtype| [(dtype, false), (dtype, true)]) {
+        for (tokens, hidden, intermediate, out) in sizes {
+            for activation in Activation::ALL {
+                for special in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+                    for place in 0..7 {
+                        let mut xs = random.normal(&[tokens, hidden], 1., dtype, device)?;
+                        let mut weights = [(intermediate, hidden), (intermediate, hidden), (out, intermediate)]
+                            .map(|size| random.linear(size, true, dtype, device).unwrap());
+                        // Far out, candle's tanh GELU rounds to zero before ours: zero times infinity.
+                        weights[0] =
+                            Linear::new((weights[0].weight() * 0.3)?, Some((weights[0].bias().unwrap() * 0.3)?));
+                        let every_row = random.range(0..2) == 1;
+                        if place == 6 {
+                            xs = with_special(random, &xs, special, false)?;
+                        } else {
+                            let (linear, is_bias) = (&weights[place / 2], place % 2 == 1);
+                            let (mut weight, mut bias) = (linear.weight().clone(), linear.bias().unwrap().clone());
+                            let changed = if is_bias { &mut bias } else { &mut weight };
+                            *changed = with_special(random, changed, special, every_row)?;
+                            weights[place / 2] = Linear::new(weight, Some(bias));
+                        }
+                        let [gate, up, down] = weights.map(|linear| match transposed {
+                            true => {
+                                let weight = linear.weight().t().unwrap().contiguous().unwrap().t().unwrap();
+                                Linear::new(weight, linear.bias().cloned())
+                            }
+                            false => linear,
+                        });
+                        let gate_up = GateUp::Separate { gate: gate.clone(), up };
+                        // In 16 bits candle rounds after every op, to zero and to infinity too.
+                        let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+                        let (wide_xs, wide_down) = (xs.to_dtype(wide)?, cast(&down, wide)?);
+                        let expected = [
+                            reference::mlp(&wide_xs, &cast(&gate, wide)?, &wide_down, *activation)?,
+                            reference::swiglu(&wide_xs, &cast_gate_up(&gate_up, wide)?, &wide_down, *activation)?,
+                        ]
+                        .map(|expected| values(&expected).unwrap());
+                        for tier in tiers(device) {
+                            let found = tier.with(|| {
+                                let plain = fused_mlp(&xs, &gate, &down, *activation)?;
+                                Ok([plain, fused_swiglu(&xs, &gate_up, &down, *activation)?])
+                            })?;
+                            for ((op, found), expected) in ["mlp", "swiglu"].into_iter().zip(&found).zip(&expected) {
+                                let found: Vec<_> = values(found)?.into_iter().map(kind).collect();
+                                let size = format!("{tokens}x{hidden}x{intermediate}x{out}");
+                                for (i, (found, expected)) in found.into_iter().zip(expected).enumerate() {
+                                    *seen.entry((op, kind(*expected))).or_default() += 1;
+                                    assert_eq!(
+                                        found,
+                                        kind(*expected),
+                                        "value {i} of {op} {dtype:?} {tier} {size} {activation}, {special} in {place}, \
+                                         transposed {transposed}"
+                                    );
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    // Every kind was there to be found.
+    for kind in [("mlp", "nan"), ("mlp", "inf"), ("mlp", "-inf"), ("mlp", ""), ("swiglu", "inf"), ("swiglu", "-inf")] {
+        assert!(seen[&kind] > 1000, "{seen:?}");
+    }
+    Ok(())
+}
+test_device!(
+    not_finite_where_candle_is_not,
+    not_finite_where_candle_is_not_cpu,
+    not_finite_where_candle_is_not_gpu,
+    not_finite_where_candle_is_not_metal
+);

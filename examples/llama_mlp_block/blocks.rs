@@ -2,24 +2,13 @@
 
 use crate::weights::{Weights, PROJECTIONS};
 use candle_core::{DType, Module, Result, Tensor};
-use candle_fused_mlp::{ops, Activation, GateUp, Plan};
+use candle_fused_mlp::{fused_swiglu, Activation, FusedSwiGlu, Naming};
 use candle_nn::{Linear, VarBuilder};
 
 /// A projection, with its bias if the checkpoint has one.
 fn projection(rows: usize, cols: usize, vb: VarBuilder) -> Result<Linear> {
     let bias = if vb.contains_tensor("bias") { Some(vb.get(rows, "bias")?) } else { None };
     Ok(Linear::new(vb.get((rows, cols), "weight")?, bias))
-}
-
-/// The three projections of the block at `vb`.
-fn projections(weights: &Weights, vb: &VarBuilder) -> Result<[Linear; 3]> {
-    let (hidden, intermediate) = (weights.hidden_size, weights.intermediate_size);
-    let [gate, up, down] = PROJECTIONS.map(|name| vb.pp(name));
-    Ok([
-        projection(intermediate, hidden, gate)?,
-        projection(intermediate, hidden, up)?,
-        projection(hidden, intermediate, down)?,
-    ])
 }
 
 /// The block as candle's models have it: an op for each product, the activation and the multiplication.
@@ -32,8 +21,10 @@ pub struct CandleMlp {
 
 impl CandleMlp {
     pub fn load(weights: &Weights, activation: Activation, vb: &VarBuilder) -> Result<Self> {
-        let [gate, up, down] = projections(weights, vb)?;
-        Ok(Self { gate, up, down, activation })
+        let (hidden, intermediate) = (weights.hidden_size, weights.intermediate_size);
+        let [gate, up, down] = PROJECTIONS.map(|name| vb.pp(name));
+        let (gate, up) = (projection(intermediate, hidden, gate)?, projection(intermediate, hidden, up)?);
+        Ok(Self { gate, up, down: projection(hidden, intermediate, down)?, activation })
     }
 
     /// The same weights, exactly, in f64.
@@ -55,26 +46,6 @@ impl Module for CandleMlp {
 }
 
 /// The block in one op.
-pub struct FusedMlp {
-    gate_up: GateUp,
-    down: Linear,
-    activation: Activation,
-}
-
-impl FusedMlp {
-    pub fn load(weights: &Weights, activation: Activation, vb: &VarBuilder) -> Result<Self> {
-        let [gate, up, down] = projections(weights, vb)?;
-        Ok(Self { gate_up: GateUp::Separate { gate, up }, down, activation })
-    }
-
-    /// What a forward pass would run.
-    pub fn plan(&self, xs: &Tensor) -> Result<Plan> {
-        Plan::of_swiglu(xs, &self.gate_up, &self.down, self.activation)
-    }
-}
-
-impl Module for FusedMlp {
-    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        ops::fused_swiglu(xs, &self.gate_up, &self.down, self.activation)
-    }
+pub fn load_fused(weights: &Weights, activation: Activation, vb: &VarBuilder) -> Result<FusedSwiGlu> {
+    fused_swiglu(weights.hidden_size, weights.intermediate_size, activation, &Naming::LLAMA, vb.clone())
 }

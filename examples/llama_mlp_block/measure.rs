@@ -1,6 +1,6 @@
 //! One row: plan, error, time, memory.
 
-use crate::blocks::{CandleMlp, FusedMlp};
+use crate::blocks::{load_fused, CandleMlp};
 use crate::options::Options;
 use crate::support::machine::{layers_beyond_cache, Reader};
 use crate::support::memory::peak;
@@ -92,7 +92,7 @@ pub fn rows(
         .map(|_| CandleMlp::load(weights, options.activation, &vb))
         .collect::<candle_core::Result<_>>()?;
     let fused: Vec<_> =
-        copies.map(|_| FusedMlp::load(weights, options.activation, &vb)).collect::<candle_core::Result<_>>()?;
+        copies.map(|_| load_fused(weights, options.activation, &vb)).collect::<candle_core::Result<_>>()?;
     let exact = candle[0].to_f64()?;
     let mut random = Random::new(1);
     let mut rows = Vec::new();

@@ -197,12 +197,20 @@ pub(crate) fn choose(dtype: DType, tokens: usize, rows_adjacent: bool) -> (Tier,
 /// Operations that a thread should have to do before another is worth waking.
 const OPERATIONS_PER_THREAD: usize = 1 << 18;
 
+/// The largest size of a dimension: what is left of usize is room for rounding up, and for counting bytes.
+const MAX_SIZE: usize = isize::MAX as usize / 16;
+
 /// The output `[tokens, out_features]` of an MLP, row by row.
 ///
 /// # Errors
-/// More output than there is memory for.
+/// A dimension, of x or of a weight, that no memory could hold the vectors of; more output than there is memory for.
 pub(crate) fn forward<E: Element>(op: &'static str, problem: &Problem<E>) -> Result<Vec<E>> {
     let (tokens, out_features) = (problem.xs.rows, problem.down.weight.rows);
+    for size in [tokens, problem.xs.cols, problem.gate.weight.rows, out_features] {
+        if size > MAX_SIZE {
+            bail!("{op}: expected dimensions of at most {MAX_SIZE}, found one of {size}");
+        }
+    }
     let mut out: Vec<E> = Vec::new();
     match tokens.checked_mul(out_features) {
         Some(len) if out.try_reserve_exact(len).is_ok() => out.resize(len, E::default()),
@@ -216,23 +224,23 @@ pub(crate) fn forward<E: Element>(op: &'static str, problem: &Problem<E>) -> Res
     Ok(out)
 }
 
-/// The elements of a tensor in order, whatever its strides.
+/// The elements of an op's x in order, whatever its strides.
 ///
 /// # Errors
 /// A layout that reaches past the storage, or more elements than there is memory for.
-pub(crate) fn gather<E: Copy>(storage: &[E], layout: &Layout) -> Result<Vec<E>> {
+pub(crate) fn gather<E: Copy>(op: &str, storage: &[E], layout: &Layout) -> Result<Vec<E>> {
     let (dims, strides) = (layout.dims(), layout.stride());
     let len = layout.shape().elem_count();
     let mut out = Vec::new();
     if out.try_reserve_exact(len).is_err() {
-        bail!("cpu: expected room for a contiguous copy of xs, {dims:?}, found none");
+        bail!("{op}: xs: expected a tensor whose contiguous copy fits in memory, found shape {dims:?}");
     }
     let mut index = vec![0; dims.len()];
     for _ in 0..len {
         let offset = layout.start_offset() + index.iter().zip(strides).map(|(i, s)| i * s).sum::<usize>();
         match storage.get(offset) {
             Some(value) => out.push(*value),
-            None => bail!("cpu: xs: a layout of {layout:?} reaches past its storage"),
+            None => bail!("{op}: xs: expected a layout within its storage, found {layout:?}"),
         }
         for (i, &dim) in index.iter_mut().zip(dims).rev() {
             *i += 1;

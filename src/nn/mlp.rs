@@ -2,7 +2,7 @@
 
 use super::checkpoint::{Naming, Sizes};
 use crate::ops::{self, Check};
-use crate::{Activation, IntoActivation};
+use crate::{Activation, IntoActivation, Plan};
 use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::{Linear, VarBuilder};
 
@@ -117,6 +117,14 @@ impl FusedMlp {
     /// The size of what `forward` gives: the hidden size, but in a projector.
     pub fn out_features(&self) -> usize {
         self.fc2.weight().dims()[0]
+    }
+
+    /// What `forward` would run for this x, and what it costs beside candle's own ops.
+    ///
+    /// # Errors
+    /// Those of `forward`; sizes whose costs do not fit in 64 bits.
+    pub fn plan(&self, xs: &Tensor) -> Result<Plan> {
+        Plan::of_mlp(xs, &self.fc1, &self.fc2, self.activation)
     }
 }
 

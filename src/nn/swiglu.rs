@@ -2,7 +2,7 @@
 
 use super::checkpoint::{Naming, Sizes};
 use crate::ops::{self, Check};
-use crate::{Activation, GateUp, IntoActivation, PackedOrder};
+use crate::{Activation, GateUp, IntoActivation, PackedOrder, Plan};
 use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::{Linear, VarBuilder};
 
@@ -138,6 +138,14 @@ impl FusedSwiGlu {
     /// The size of what `forward` gives: as a rule the hidden size.
     pub fn out_features(&self) -> usize {
         self.down.weight().dims()[0]
+    }
+
+    /// What `forward` would run for this x, and what it costs beside candle's own ops.
+    ///
+    /// # Errors
+    /// Those of `forward`; sizes whose costs do not fit in 64 bits.
+    pub fn plan(&self, xs: &Tensor) -> Result<Plan> {
+        Plan::of_swiglu(xs, &self.gate_up, &self.down, self.activation)
     }
 }
 

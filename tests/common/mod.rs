@@ -44,9 +44,10 @@ impl Random {
     }
 }
 
-/// `linear` in another dtype.
+/// `linear` in another dtype, its tensors contiguous.
 pub fn cast(linear: &Linear, dtype: DType) -> Result<Linear> {
-    Ok(Linear::new(linear.weight().to_dtype(dtype)?, linear.bias().map(|b| b.to_dtype(dtype)).transpose()?))
+    let copy = |t: &Tensor| t.to_dtype(dtype)?.force_contiguous();
+    Ok(Linear::new(copy(linear.weight())?, linear.bias().map(copy).transpose()?))
 }
 
 /// `gate_up` in another dtype.
@@ -58,9 +59,9 @@ pub fn cast_gate_up(gate_up: &GateUp, dtype: DType) -> Result<GateUp> {
 }
 
 /// x as the matrix that candle's `Linear` takes.
-fn matrix(xs: &Tensor) -> Result<Tensor> {
+pub fn matrix(xs: &Tensor) -> Result<Tensor> {
     let cols = *xs.dims().last().unwrap();
-    xs.contiguous()?.reshape((xs.elem_count() / cols.max(1), cols))
+    xs.force_contiguous()?.reshape((xs.elem_count() / cols.max(1), cols))
 }
 
 /// The plain MLP in f64, by candle's own ops.
