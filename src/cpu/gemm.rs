@@ -239,7 +239,9 @@ impl<'a, K: Kernel> Gemm<'a, K> {
                         *hidden = *hidden * *up;
                     }
                 }
-                let rounded = round::<K, N>(hidden.as_ptr());
+                let mut rounded = round::<K, N>(hidden.as_ptr());
+                // What pads the last pair: it may be NaN, where x is infinite.
+                rounded[rows.len()..].fill(K::Element::default());
                 for i in 0..panel_depth {
                     let pair = [rounded[i * K::DEPTH], rounded[i * K::DEPTH + K::DEPTH - 1]];
                     *to.add(i * M + m) = K::operand(pair);
