@@ -43,20 +43,34 @@ impl Case {
     }
 }
 
-/// Tokens, hidden size, intermediate size, output features: few tokens and many, more tokens than a block has, more of
-/// the hidden layer than a block has, and work for many threads.
-const SIZES: [(usize, usize, usize, usize); 7] = [
-    (1, 1024, 2100, 1000),
-    (7, 301, 700, 301),
-    (16, 256, 1031, 77),
-    (33, 256, 1031, 77),
-    (70, 64, 11008, 64),
-    (600, 96, 2500, 100),
-    (1100, 40, 300, 51),
-];
+/// Tokens, hidden size, intermediate size, output features.
+type Size = (usize, usize, usize, usize);
+
+/// Few tokens and many, more tokens than a block has, more of the hidden layer than a block has, and work for many
+/// threads: smaller where code is not optimised.
+const SIZES: &[Size] = if cfg!(debug_assertions) {
+    &[(1, 300, 700, 100), (7, 31, 70, 31), (16, 32, 131, 17), (33, 32, 131, 17), (70, 3, 7700, 3), (600, 4, 150, 5)]
+} else {
+    &[
+        (1, 1024, 2100, 1000),
+        (7, 301, 700, 301),
+        (16, 256, 1031, 77),
+        (33, 256, 1031, 77),
+        (70, 16, 11008, 16),
+        (600, 24, 2500, 24),
+        (1100, 24, 300, 51),
+    ]
+};
+
+/// The same for the test that runs them many times.
+const SMALL_SIZES: &[Size] = if cfg!(debug_assertions) {
+    &[(1, 64, 172, 64), (9, 33, 70, 31), (40, 16, 103, 17)]
+} else {
+    &[(1, 512, 1100, 500), (9, 301, 700, 301), (40, 128, 1031, 77), (520, 40, 300, 51)]
+};
 
 /// Every size, dtype and tier; weights transposed as well.
-fn cases(sizes: &[(usize, usize, usize, usize)]) -> Result<Vec<Case>> {
+fn cases(sizes: &[Size]) -> Result<Vec<Case>> {
     let random = &mut Random::new(1);
     let mut cases = Vec::new();
     for &(tokens, hidden, intermediate, out) in sizes {
@@ -100,7 +114,7 @@ const CHILD: &str = "FUSED_MLP_TEST_HASHES";
 fn hashes() -> Result<()> {
     if std::env::var_os(CHILD).is_some() {
         println!("threads {}", candle_core::utils::get_num_threads());
-        for case in cases(&SIZES)? {
+        for case in cases(SIZES)? {
             println!("hash {} {:016x}", case.name, case.hash()?);
         }
         return Ok(());
@@ -119,7 +133,7 @@ fn hashes() -> Result<()> {
         text.lines().filter(|line| line.starts_with("hash ")).map(str::to_string).collect::<Vec<_>>()
     };
     let expected = run(1);
-    assert_eq!(expected.len(), cases(&SIZES)?.len());
+    assert_eq!(expected.len(), cases(SIZES)?.len());
     for threads in [1, 2, 3, 8] {
         for (found, expected) in run(threads).iter().zip(&expected) {
             assert_eq!(found, expected, "{threads} threads");
@@ -130,7 +144,7 @@ fn hashes() -> Result<()> {
 
 #[test]
 fn from_many_threads() -> Result<()> {
-    let cases = cases(&[(1, 512, 1100, 500), (9, 301, 700, 301), (40, 128, 1031, 77), (520, 40, 300, 51)])?;
+    let cases = cases(SMALL_SIZES)?;
     let expected = cases.iter().map(Case::hash).collect::<Result<Vec<_>>>()?;
     let check = |first: usize| {
         for i in 0..cases.len() {

@@ -34,6 +34,11 @@ struct Arguments {
     down_bias: Option<Tensor>,
 }
 
+/// Replaces one of the arguments.
+type Set = fn(&mut Arguments, Tensor);
+/// One of the arguments.
+type Get = fn(&mut Arguments) -> &mut Tensor;
+
 impl Arguments {
     fn new(device: &Device) -> Result<Self> {
         let zeros = |dims: &[usize]| zeros(dims, DType::F32, device);
@@ -103,7 +108,7 @@ fn shapes(device: &Device) -> Result<()> {
         says(wrong.swiglu(), &[&["fused-swiglu: gate weight"], &expected[..]].concat());
     }
 
-    let matrices: [(&str, &str, fn(&mut Arguments, Tensor), &str, usize); 3] = [
+    let matrices: [(&str, &str, Set, &str, usize); 3] = [
         ("fc1 weight", "gate weight", |a, t| a.gate = t, "[out_features, 4]", 4),
         ("", "up weight", |a, t| a.up = t, "[8, 4]", 4),
         ("fc2 weight", "down weight", |a, t| a.down = t, "[out_features, 8]", 8),
@@ -120,7 +125,7 @@ fn shapes(device: &Device) -> Result<()> {
     }
     says(with(&|a| a.up = zeros(&[7, 4]))?.swiglu(), &["fused-swiglu: up weight: expected shape [8, 4], found [7, 4]"]);
 
-    let vectors: [(&str, &str, fn(&mut Arguments, Tensor), usize); 3] = [
+    let vectors: [(&str, &str, Set, usize); 3] = [
         ("fc1 bias", "gate bias", |a, t| a.gate_bias = Some(t), 8),
         ("", "up bias", |a, t| a.up_bias = Some(t), 8),
         ("fc2 bias", "down bias", |a, t| a.down_bias = Some(t), 5),
@@ -168,7 +173,7 @@ fn dtypes(device: &Device) -> Result<()> {
         says(wrong.mlp(), &["fused-mlp: xs: expected dtype f32, f16, bf16 or f64", &found]);
         says(wrong.swiglu(), &["fused-swiglu: xs: expected dtype f32, f16, bf16 or f64", &found]);
     }
-    let arguments: [(&str, &str, fn(&mut Arguments) -> &mut Tensor); 7] = [
+    let arguments: [(&str, &str, Get); 7] = [
         ("fc1 weight", "gate weight", |a| &mut a.gate),
         ("fc1 bias", "gate bias", |a| a.gate_bias.as_mut().unwrap()),
         ("", "up weight", |a| &mut a.up),

@@ -376,7 +376,7 @@ fn second_order() -> Result<()> {
             for variable in [&tracked.xs, &tracked.layers[0].0, &tracked.layers[0].1, &tracked.layers[2].0] {
                 let gradient = gradients.get(variable).unwrap();
                 assert!(gradient.track_op());
-                let error = gradient.sqr()?.sum_all()?.backward().err().expect("an error").to_string();
+                let error = gradient.sqr()?.sum_all()?.backward().expect_err("an error").to_string();
                 assert!(error.contains("backward is not supported for fused-mlp-hidden-gradients"), "{error}");
             }
         }

@@ -105,7 +105,8 @@ fn not_finite_where_candle_is_not(device: &Device) -> Result<()> {
     let mut seen = std::collections::BTreeMap::<(&str, &str), usize>::new();
     for (dtype, transposed) in DTYPES.into_iter().flat_map(|dtype| [(dtype, false), (dtype, true)]) {
         for (tokens, hidden, intermediate, out) in sizes {
-            for activation in Activation::ALL {
+            for _ in 0..3 {
+                let activation = Activation::ALL[random.range(0..Activation::ALL.len())];
                 for special in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
                     for place in 0..7 {
                         let mut xs = random.normal(&[tokens, hidden], 1., dtype, device)?;
@@ -136,14 +137,14 @@ fn not_finite_where_candle_is_not(device: &Device) -> Result<()> {
                         let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
                         let (wide_xs, wide_down) = (xs.to_dtype(wide)?, cast(&down, wide)?);
                         let expected = [
-                            reference::mlp(&wide_xs, &cast(&gate, wide)?, &wide_down, *activation)?,
-                            reference::swiglu(&wide_xs, &cast_gate_up(&gate_up, wide)?, &wide_down, *activation)?,
+                            reference::mlp(&wide_xs, &cast(&gate, wide)?, &wide_down, activation)?,
+                            reference::swiglu(&wide_xs, &cast_gate_up(&gate_up, wide)?, &wide_down, activation)?,
                         ]
                         .map(|expected| values(&expected).unwrap());
                         for tier in tiers(device) {
                             let found = tier.with(|| {
-                                let plain = fused_mlp(&xs, &gate, &down, *activation)?;
-                                Ok([plain, fused_swiglu(&xs, &gate_up, &down, *activation)?])
+                                let plain = fused_mlp(&xs, &gate, &down, activation)?;
+                                Ok([plain, fused_swiglu(&xs, &gate_up, &down, activation)?])
                             })?;
                             for ((op, found), expected) in ["mlp", "swiglu"].into_iter().zip(&found).zip(&expected) {
                                 let found: Vec<_> = values(found)?.into_iter().map(kind).collect();
@@ -166,7 +167,7 @@ fn not_finite_where_candle_is_not(device: &Device) -> Result<()> {
     }
     // Every kind was there to be found.
     for kind in [("mlp", "nan"), ("mlp", "inf"), ("mlp", "-inf"), ("mlp", ""), ("swiglu", "inf"), ("swiglu", "-inf")] {
-        assert!(seen[&kind] > 1000, "{seen:?}");
+        assert!(seen[&kind] > 500, "{seen:?}");
     }
     Ok(())
 }
