@@ -54,10 +54,21 @@ pub(crate) fn gradients(
     let flat_xs = xs.reshape((tokens, hidden_size))?;
     let dy = out_gradient.reshape((tokens, down.weight.dim(0)?))?;
 
-    let preactivations = first_tensors
-        .iter()
-        .map(|p| Linear::new(p.weight.clone(), p.bias.clone()).forward(&flat_xs))
-        .collect::<Result<Vec<_>>>()?;
+    let preactivations = || {
+        let forward = |p: &Projection<Tensor>| Linear::new(p.weight.clone(), p.bias.clone()).forward(&flat_xs);
+        first_tensors.iter().map(forward).collect::<Result<Vec<_>>>()
+    };
+    if !tracks_xs && !first.iter().any(Projection::is_tracked) {
+        // Only the second layer's parameters are asked for, which need the hidden layer at most.
+        let hidden = || {
+            let preactivations = preactivations()?;
+            let act = activation.unfused(&preactivations[0])?;
+            preactivations.get(1).map_or(Ok(act.clone()), |up| act * up)
+        };
+        let gradients = vec![projection_gradients(tracks_down, &dy, hidden)?];
+        return Ok((None, None, assemble(second_argument, second, gradients)?));
+    }
+    let preactivations = preactivations()?;
     let dh = dy.matmul(&down.weight)?;
     let op = HiddenGradients { activation, gated: preactivations.len() == 2 };
     let gate = &preactivations[0];

@@ -153,6 +153,11 @@ impl<T> Projection<T> {
 }
 
 impl Projection<Slot> {
+    /// Whether a gradient is asked of any of its parameters.
+    pub(crate) fn is_tracked(&self) -> bool {
+        self.parts().any(Slot::is_tracked)
+    }
+
     fn rows(&self, start: usize, len: usize) -> Result<Self> {
         self.map(|slot| slot.rows(start, len))
     }
