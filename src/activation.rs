@@ -51,6 +51,18 @@ macro_rules! activations {
                 }
             }
 
+            /// Its place in the table, which is its number in the CUDA header.
+            #[cfg(feature = "cuda")]
+            pub(crate) fn index(&self) -> i32 {
+                /// The variants without their parameters.
+                enum Row {
+                    $($variant,)*
+                }
+                (match self {
+                    $(Self::$variant $((activations!(@ignore $parameter)))? => Row::$variant,)*
+                }) as i32
+            }
+
             /// The activation of this name, its parameter replaced by `parameter` where it has one.
             fn from_name(name: &str, given: Option<f64>) -> Option<Self> {
                 match name {

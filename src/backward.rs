@@ -2,8 +2,12 @@
 //! candle's matmul.
 
 use crate::cpu::{Element, Real};
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::parameters::{assemble, Projection};
 use crate::Activation;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Module, Result, Shape, Tensor};
 use candle_nn::Linear;
 use half::{bf16, f16};
@@ -42,7 +46,7 @@ pub(crate) fn gradients(
     let (xs, tracks_xs) = (plain(xs), xs.track_op());
     let linears = |projections: &[Projection], argument: &Tensor| {
         let argument = plain(argument);
-        projections.iter().map(|p| p.map(|slot| slot.tensor(&argument))).collect::<Result<Vec<_>>>()
+        projections.iter().map(|p| p.map(|slot| dense(slot.tensor(&argument)?))).collect::<Result<Vec<_>>>()
     };
     let (first_tensors, second_tensors) = (linears(first, first_argument)?, linears(second, second_argument)?);
     let (down, tracks_down) = (&second_tensors[0], &second[0]);
@@ -93,6 +97,14 @@ pub(crate) fn gradients(
         assemble(first_argument, first, first_gradients)?,
         assemble(second_argument, second, second_gradients)?,
     ))
+}
+
+/// The same parameter as candle's matmul takes it on every device: contiguous, or a transposed view of what is.
+fn dense(parameter: Tensor) -> Result<Tensor> {
+    match parameter.rank() {
+        2 if parameter.t()?.is_contiguous() => Ok(parameter),
+        _ => parameter.contiguous(),
+    }
 }
 
 /// The gradients of a projection's tracked parameters, given that of its output and (where asked for) its input.
@@ -202,5 +214,22 @@ impl CustomOp3 for HiddenGradients {
             _ => bail!("{}: expected f32, f16, bf16 or f64", self.name()),
         };
         Ok((out, dims.into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        gate: &CudaStorage,
+        gate_layout: &Layout,
+        up: &CudaStorage,
+        up_layout: &Layout,
+        dh: &CudaStorage,
+        dh_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let mut dims = vec![self.parts()];
+        dims.extend(gate_layout.dims());
+        let up = self.gated.then(|| (up, up_layout.clone()));
+        let (gate, dh) = ((gate, gate_layout.clone()), (dh, dh_layout.clone()));
+        Ok((cuda::hidden_gradients(self.name(), self.activation, gate, up, dh)?, dims.into()))
     }
 }

@@ -5,6 +5,8 @@
 mod activation;
 mod backward;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod nn;
 pub mod ops;
 mod parameters;

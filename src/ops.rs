@@ -14,9 +14,13 @@
 
 use crate::backward;
 use crate::cpu;
+#[cfg(feature = "cuda")]
+use crate::cuda::{self, View};
 use crate::parameters::{halved, pack, pack_gate_up, Matrix, Packed, Projection, Slot};
 use crate::{Activation, GateUp, IntoActivation};
 use candle_core::backend::BackendStorage;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor};
 use candle_nn::Linear;
 use half::{bf16, f16};
@@ -116,7 +120,15 @@ impl Check<'_> {
         let Self { op, like, like_name } = self;
         match like.device() {
             Device::Cpu => {}
-            other => bail!("{op}: {like_name}: expected a tensor on the CPU, found one on {:?}", other.location()),
+            Device::Cuda(_) if cfg!(feature = "cuda") => {}
+            Device::Cuda(_) => bail!(
+                "{op}: {like_name}: expected a tensor on the CPU, found one on {:?}, and candle-fused-mlp was built \
+                 without its feature `cuda`",
+                like.device().location()
+            ),
+            other => {
+                bail!("{op}: {like_name}: expected a tensor on the CPU or on CUDA, found one on {:?}", other.location())
+            }
         }
         self.dtype()?;
         Ok(tokens_of(op, like.shape())?.1)
@@ -316,6 +328,48 @@ impl CustomOp3 for MlpOp {
             CpuStorage::F64(_) => self.cpu_fwd_of::<f64>(xs, first, second),
             other => bail!("{}: xs: expected dtype f32, f16, bf16 or f64, found {:?}", self.name, other.dtype()),
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        xs: &CudaStorage,
+        xs_layout: &Layout,
+        first: &CudaStorage,
+        first_layout: &Layout,
+        second: &CudaStorage,
+        second_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        fn views<'a>(
+            sources: &'a [Projection<Source>],
+            argument: &'a CudaStorage,
+        ) -> Result<Vec<Projection<View<'a>>>> {
+            let view = |(held, layout): &'a Source| match held.as_deref() {
+                None => Ok((argument, layout.clone())),
+                Some(Storage::Cuda(storage)) => Ok((storage, layout.clone())),
+                Some(_) => bail!("expected every parameter on the CUDA device of xs"),
+            };
+            sources.iter().map(|projection| projection.map(view)).collect()
+        }
+        let (first_sources, second_sources) =
+            (sources(&self.first, first_layout)?, sources(&self.second, second_layout)?);
+        let (mut first, mut second) =
+            (views(&first_sources, first)?.into_iter(), views(&second_sources, second)?.into_iter());
+        let (Some(gate), up, Some(down)) = (first.next(), first.next(), second.next()) else {
+            bail!("{}: expected two layers", self.name);
+        };
+        let (tokens, _) = tokens_of(self.name, xs_layout.shape())?;
+        let shape = with_last(xs_layout.dims(), down.weight.1.dims().first().copied().unwrap_or(0)).into();
+        let problem = cuda::Problem {
+            op: self.name,
+            xs: (xs, xs_layout.clone()),
+            flat_xs: flattened(xs_layout, tokens),
+            gate,
+            up,
+            down,
+            activation: self.activation,
+        };
+        Ok((cuda::forward(&problem, tokens)?, shape))
     }
 
     fn bwd(

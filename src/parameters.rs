@@ -257,6 +257,49 @@ pub(crate) fn assemble(
     }
 }
 
+/// Where a layout's matrix or vector lies in its storage, checked to lie within it. A vector is one row.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Extent {
+    pub rows: usize,
+    pub cols: usize,
+    pub row_stride: usize,
+    pub col_stride: usize,
+    /// The first element and the one past the last, both 0 where there is none.
+    start: usize,
+    end: usize,
+}
+
+impl Extent {
+    /// # Errors
+    /// A layout of another rank, or one that reaches past the storage's `len` elements.
+    pub(crate) fn of(layout: &Layout, len: usize) -> Result<Self> {
+        let (rows, cols, row_stride, col_stride) = match (layout.dims(), layout.stride()) {
+            (&[cols], &[col_stride]) => (1, cols, 0, col_stride),
+            (&[rows, cols], &[row_stride, col_stride]) => (rows, cols, row_stride, col_stride),
+            (dims, _) => bail!("expected a matrix or a vector, found shape {dims:?}"),
+        };
+        let extent = |start, end| Self { rows, cols, row_stride, col_stride, start, end };
+        if rows == 0 || cols == 0 {
+            return Ok(extent(0, 0));
+        }
+        let last_row = (rows - 1).checked_mul(row_stride);
+        let last_col = (cols - 1).checked_mul(col_stride);
+        let end = last_row
+            .zip(last_col)
+            .and_then(|(r, c)| r.checked_add(c)?.checked_add(layout.start_offset())?.checked_add(1));
+        match end {
+            Some(end) if end <= len => Ok(extent(layout.start_offset(), end)),
+            _ => bail!("a layout of {layout:?} reaches past the {len} elements of its storage"),
+        }
+    }
+
+    /// The first element's place in the storage.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn start(&self) -> usize {
+        self.start
+    }
+}
+
 /// A matrix or vector that a kernel reads, checked to lie within its storage.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Matrix<'a, E> {
@@ -273,27 +316,8 @@ impl<'a, E> Matrix<'a, E> {
     /// # Errors
     /// A layout of another rank, or one that reaches past the end of the storage.
     pub(crate) fn new(storage: &'a [E], layout: &Layout) -> Result<Self> {
-        let (rows, cols, row_stride, col_stride) = match (layout.dims(), layout.stride()) {
-            (&[cols], &[col_stride]) => (1, cols, 0, col_stride),
-            (&[rows, cols], &[row_stride, col_stride]) => (rows, cols, row_stride, col_stride),
-            (dims, _) => bail!("expected a matrix or a vector, found shape {dims:?}"),
-        };
-        let end = if rows == 0 || cols == 0 {
-            Some(0)
-        } else {
-            let last_row = (rows - 1).checked_mul(row_stride);
-            let last_col = (cols - 1).checked_mul(col_stride);
-            last_row
-                .zip(last_col)
-                .and_then(|(r, c)| r.checked_add(c)?.checked_add(layout.start_offset())?.checked_add(1))
-        };
-        match end {
-            Some(0) => Ok(Self { data: &[], rows, cols, row_stride, col_stride }),
-            Some(end) if end <= storage.len() => {
-                Ok(Self { data: &storage[layout.start_offset()..end], rows, cols, row_stride, col_stride })
-            }
-            _ => bail!("a layout of {layout:?} reaches past the {} elements of its storage", storage.len()),
-        }
+        let Extent { rows, cols, row_stride, col_stride, start, end } = Extent::of(layout, storage.len())?;
+        Ok(Self { data: &storage[start..end], rows, cols, row_stride, col_stride })
     }
 
     /// The first element. Element (r, c) is `r * row_stride + c * col_stride` after it, for every r and c in range.

@@ -212,7 +212,7 @@ impl Plan {
 /// ```
 ///
 /// # Errors
-/// A device that the crate was built without, a dtype other than f32, f16, bf16 and f64, and sizes whose costs do not
+/// A device other than the CPU, a dtype other than f32, f16, bf16 and f64, and sizes whose costs do not
 /// fit in 64 bits.
 pub fn plan(workload: &Workload, device: DeviceLocation) -> Result<Plan> {
     if !matches!(workload.dtype, DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
@@ -221,7 +221,7 @@ pub fn plan(workload: &Workload, device: DeviceLocation) -> Result<Plan> {
     match device {
         DeviceLocation::Cpu => {}
         DeviceLocation::Cuda { gpu_id } => {
-            bail!("plan: device: expected the CPU, since this crate was built without CUDA, found cuda:{gpu_id}")
+            bail!("plan: device: expected the CPU, whose kernels alone are planned so far, found cuda:{gpu_id}")
         }
         DeviceLocation::Metal { gpu_id } => bail!("plan: device: expected the CPU, found metal:{gpu_id}"),
     }
@@ -552,7 +552,7 @@ mod tests {
         let workload = Workload::swiglu(1, 4, 5);
         let message = |workload, device| plan(&workload, device).unwrap_err().to_string();
         let cuda = message(workload, DeviceLocation::Cuda { gpu_id: 1 });
-        assert!(cuda.contains("built without CUDA") && cuda.contains("cuda:1"), "{cuda}");
+        assert!(cuda.contains("expected the CPU") && cuda.contains("cuda:1"), "{cuda}");
         let metal = message(workload, DeviceLocation::Metal { gpu_id: 0 });
         assert!(metal.contains("metal:0"), "{metal}");
         let dtype = message(Workload { dtype: DType::U8, ..workload }, DeviceLocation::Cpu);

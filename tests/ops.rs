@@ -30,7 +30,9 @@ fn check(
             for (op, (found, exact)) in ["mlp", "swiglu"].iter().zip(found.iter().zip(&exact)) {
                 let error = relative_error(found, exact)?;
                 let size = format!("{tokens} x {hidden} x {intermediate}, {activation}, biases {biases:?}");
-                assert!(error <= tolerance(dtype), "{op} {dtype:?} {tier} {size}: {error:e}");
+                // Of a few terms all may cancel.
+                let tolerance = tolerance(dtype) * if hidden.min(intermediate) < 8 { 2. } else { 1. };
+                assert!(error <= tolerance, "{op} {dtype:?} {tier} {size}: {error:e}");
             }
             Ok(())
         })?;

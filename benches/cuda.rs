@@ -1,0 +1,209 @@
+//! One MLP of a model on a GPU, beside candle's own ops and the time that its weights need to be read.
+//!
+//!     cargo bench --features cuda --bench cuda -- [bf16|f16|f32|f64]... [TOKENS]... [all]
+//!
+//! Microseconds of one layer of a stack whose weights are four times the second-level cache, in an ordinary loop of candle
+//! calls: random data, each layer reads what the one before gave, every fourth the first x again. The columns take
+//! turns; a number is the median of five turns of some milliseconds. `all` adds every kernel's own column.
+
+use candle_core::{DType, Device, Error, Result, Tensor};
+use candle_fused_mlp::cuda::Kernel;
+use candle_fused_mlp::ops::{fused_mlp, fused_swiglu};
+use candle_fused_mlp::{reference, Activation, GateUp};
+use candle_nn::Linear;
+use std::time::Instant;
+
+/// Name, gated, hidden size, intermediate size.
+const MODELS: [(&str, bool, usize, usize); 8] = [
+    ("swiglu 8192x28672", true, 8192, 28672),
+    ("swiglu 4096x14336", true, 4096, 14336),
+    ("swiglu 2048x8192", true, 2048, 8192),
+    ("swiglu 2048x5632", true, 2048, 5632),
+    ("swiglu 576x1536", true, 576, 1536),
+    ("mlp 4096x4096 GELU, biases", false, 4096, 4096),
+    ("mlp 1280x5120 GELU, biases", false, 1280, 5120),
+    ("mlp 768x3072 GELU, biases", false, 768, 3072),
+];
+
+const TURNS: usize = 5;
+const MICROSECONDS_A_TURN: f64 = 4000.;
+
+/// Weights in the stack: four times the largest second-level cache of today's GPUs.
+const COLD_BYTES: usize = 256 << 20;
+
+enum Layer {
+    Plain(Linear, Linear),
+    Gated(GateUp, Linear),
+}
+
+impl Layer {
+    fn new(gated: bool, hidden: usize, intermediate: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let tensor =
+            |dims: &[usize], scale: f64| Tensor::randn(0f32, 1., dims, device)?.affine(scale, 0.)?.to_dtype(dtype);
+        let linear = |rows: usize, cols: usize| {
+            let bias = if gated { None } else { Some(tensor(&[rows], 0.1)?) };
+            Ok::<_, Error>(Linear::new(tensor(&[rows, cols], 1.3 / (cols as f64).sqrt())?, bias))
+        };
+        let (first, down) = (linear(intermediate, hidden)?, linear(hidden, intermediate)?);
+        Ok(if gated {
+            Self::Gated(GateUp::Separate { gate: first, up: linear(intermediate, hidden)? }, down)
+        } else {
+            Self::Plain(first, down)
+        })
+    }
+
+    fn fused(&self, xs: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Plain(fc1, fc2) => fused_mlp(xs, fc1, fc2, Activation::Gelu),
+            Self::Gated(gate_up, down) => fused_swiglu(xs, gate_up, down, Activation::Silu),
+        }
+    }
+
+    fn unfused(&self, xs: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Plain(fc1, fc2) => reference::mlp(xs, fc1, fc2, Activation::Gelu),
+            Self::Gated(gate_up, down) => reference::swiglu(xs, gate_up, down, Activation::Silu),
+        }
+    }
+}
+
+/// A way to run a layer; none where the kernel does not take it.
+#[derive(Clone, Copy)]
+enum Way {
+    Candle,
+    Chosen,
+    Forced(Kernel),
+}
+
+impl Way {
+    fn run(self, layer: &Layer, xs: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Candle => layer.unfused(xs),
+            Self::Chosen => layer.fused(xs),
+            Self::Forced(kernel) => kernel.with(|| layer.fused(xs)),
+        }
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Microseconds of one layer, each way.
+fn time(layers: &[Layer], first: &Tensor, ways: &[Way]) -> Result<Vec<Option<f64>>> {
+    let device = first.device();
+    let once = |way: Way| -> Result<()> {
+        let mut xs = first.clone();
+        for (i, layer) in layers.iter().enumerate() {
+            xs = way.run(layer, if i % 4 == 0 { first } else { &xs })?;
+        }
+        Ok(())
+    };
+    let turn = |way: Way, calls: usize| -> Result<f64> {
+        device.synchronize()?;
+        let start = Instant::now();
+        for _ in 0..calls {
+            once(way)?;
+        }
+        device.synchronize()?;
+        Ok(start.elapsed().as_secs_f64() * 1e6 / (calls * layers.len()) as f64)
+    };
+    let mut calls = Vec::new();
+    for &way in ways {
+        let taken = once(way).is_ok();
+        calls.push(match taken {
+            true => Some((MICROSECONDS_A_TURN / (turn(way, 1)? * layers.len() as f64)).ceil().max(1.) as usize),
+            false => None,
+        });
+    }
+    let mut times = vec![Vec::new(); ways.len()];
+    for _ in 0..TURNS {
+        for ((&way, calls), times) in ways.iter().zip(&calls).zip(&mut times) {
+            if let Some(calls) = calls {
+                times.push(turn(way, *calls)?);
+            }
+        }
+    }
+    Ok(times.into_iter().map(|t| if t.is_empty() { None } else { Some(median(t)) }).collect())
+}
+
+/// Bytes a second that a kernel reads which does nothing else.
+fn read_bandwidth(device: &Device) -> Result<f64> {
+    use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg};
+    let cuda = device.as_cuda_device()?;
+    let (stream, len) = (cuda.cuda_stream(), 1usize << 30);
+    let data = Tensor::randn(0f32, 1., len, device)?;
+    let sink = cuda.alloc_zeros::<u32>(1)?;
+    let (storage, _) = data.storage_and_layout();
+    let candle_core::Storage::Cuda(storage) = &*storage else { candle_core::bail!("expected a CUDA tensor") };
+    let (from, _reads) = storage.as_cuda_slice::<f32>()?.device_ptr(&stream);
+    let (to, _writes) = sink.device_ptr(&stream);
+    let kernel = cuda.get_or_load_custom_func("read_all", "candle-fused-mlp-bench", include_str!("read.ptx"))?;
+    let mut best = 0f64;
+    for blocks in [132, 264, 528, 2112] {
+        let config = LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (512, 1, 1), shared_mem_bytes: 0 };
+        let pieces = (len / 4) as u64;
+        let mut rates = Vec::new();
+        for _ in 0..9 {
+            device.synchronize()?;
+            let start = Instant::now();
+            let mut launch = kernel.builder();
+            launch.arg(&from).arg(&pieces).arg(&to);
+            // SAFETY: the kernel reads the 16-byte pieces of `data` and writes `sink` at most.
+            unsafe { launch.launch(config) }.map_err(Error::wrap)?;
+            device.synchronize()?;
+            rates.push(4. * len as f64 / start.elapsed().as_secs_f64());
+        }
+        best = best.max(median(rates));
+    }
+    Ok(best)
+}
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let mut tokens: Vec<usize> = arguments.iter().filter_map(|a| a.parse().ok()).collect();
+    if tokens.is_empty() {
+        tokens = vec![1, 2, 4, 8, 16, 32, 64];
+    }
+    let known = [("bf16", DType::BF16), ("f16", DType::F16), ("f32", DType::F32), ("f64", DType::F64)];
+    let mut dtypes: Vec<_> = known.into_iter().filter(|(name, _)| arguments.iter().any(|a| a == name)).collect();
+    if dtypes.is_empty() {
+        dtypes = known[..3].to_vec();
+    }
+    let mut ways = vec![Way::Candle, Way::Chosen];
+    if arguments.iter().any(|a| a == "all") {
+        ways.extend(Kernel::ALL.map(Way::Forced));
+    }
+    let header = ways.iter().map(|way| match way {
+        Way::Candle => "candle".to_string(),
+        Way::Chosen => "fused".to_string(),
+        Way::Forced(kernel) => kernel.to_string(),
+    });
+    let header = header.collect::<Vec<_>>().join(" | ");
+
+    let device = &Device::new_cuda(0)?;
+    let bandwidth = read_bandwidth(device)?;
+    println!("read bandwidth: {:.3} TB/s\n", bandwidth * 1e-12);
+    println!("| MLP | dtype | tokens | floor | {header} | candle / fused |");
+    println!("|---|---|---|---|{}---|", "---|".repeat(ways.len()));
+    for (name, dtype) in dtypes {
+        for (model, gated, hidden, intermediate) in MODELS {
+            let bytes = hidden * intermediate * if gated { 3 } else { 2 } * dtype.size_in_bytes();
+            let floor = bytes as f64 / bandwidth * 1e6;
+            let count = (COLD_BYTES / bytes + 1).max(4);
+            let layers = (0..count)
+                .map(|_| Layer::new(gated, hidden, intermediate, dtype, device))
+                .collect::<Result<Vec<_>>>()?;
+            for &tokens in &tokens {
+                let first = Tensor::randn(0f32, 1., (tokens, hidden), device)?.to_dtype(dtype)?;
+                let times = time(&layers, &first, &ways)?;
+                let cells: Vec<String> =
+                    times.iter().map(|t| t.map_or("-".to_string(), |t| format!("{t:.1}"))).collect();
+                let gain = times[0].zip(times[1]).map_or("-".to_string(), |(c, f)| format!("{:.2}", c / f));
+                println!("| {model} | {name} | {tokens} | {floor:.1} | {} | {gain} |", cells.join(" | "));
+            }
+        }
+    }
+    Ok(())
+}

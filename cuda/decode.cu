@@ -1,0 +1,198 @@
+// The decode kernels' C interface: checks arguments, lays out the workspace, chooses the kernel.
+#include "decode_kernels.cuh"
+#include <atomic>
+#include <mutex>
+
+namespace fused_mlp {
+namespace {
+
+constexpr int MAX_DEVICES = 64;
+
+struct Device {
+  std::atomic<bool> ready{false};
+  DeviceFacts facts = {};
+};
+
+// The current device's facts. Looked up at a device's first call, then one atomic load; a failure is tried again.
+int current_device(const DeviceFacts **facts) {
+  static Device devices[MAX_DEVICES];
+  static std::mutex mutex;
+  int index = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  if (error != cudaSuccess)
+    return error;
+  if (index >= MAX_DEVICES)
+    return FUSED_MLP_UNSUPPORTED;
+  Device &device = devices[index];
+  if (!device.ready.load(std::memory_order_acquire)) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    int major = 0, minor = 0, compiled = 0;
+    error = cudaDeviceGetAttribute(&device.facts.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&device.facts.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                     index);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+    if (error != cudaSuccess)
+      return error;
+    const int compiled_status = compiled_architecture(&compiled);
+    if (compiled_status != FUSED_MLP_OK)
+      return compiled_status;
+    // Code for an older architecture, translated for this device when it was loaded, lacks what came later.
+    const int capability = major * 10 + minor;
+    device.facts.compute_capability = compiled < capability ? compiled : capability;
+    if (device.facts.compute_capability >= 80) {
+      const int status = prepare_decode_direct(device.facts);
+      if (status != FUSED_MLP_OK)
+        return status;
+    }
+    device.ready.store(true, std::memory_order_release);
+  }
+  *facts = &device.facts;
+  return FUSED_MLP_OK;
+}
+
+unsigned long long element_bytes(int dtype) {
+  return dtype == FUSED_MLP_F64 ? 8 : dtype == FUSED_MLP_F32 ? 4 : 2;
+}
+
+unsigned long long round_up(unsigned long long v, unsigned long long to) { return (v + to - 1) / to * to; }
+
+struct WorkspaceLayout {
+  unsigned long long hidden_stride; // elements
+  unsigned long long hidden, partial, bytes; // offsets, total
+};
+
+WorkspaceLayout layout_of(const FusedMlpArgs &args) {
+  WorkspaceLayout layout;
+  layout.hidden_stride = round_up(args.intermediate_size, 64);
+  layout.hidden = round_up(sizeof(Counters), 256);
+  layout.partial =
+      round_up(layout.hidden + MAX_TOKENS * layout.hidden_stride * element_bytes(args.dtype), 256);
+  layout.bytes = layout.partial + sizeof(float) * decode_direct_partial_elements(args.output_size);
+  return layout;
+}
+
+bool known_sizes(const FusedMlpArgs &args) {
+  return args.hidden_size >= 0 && args.intermediate_size >= 0 && args.output_size >= 1 && args.tokens >= 0 &&
+         args.dtype >= FUSED_MLP_BF16 && args.dtype <= FUSED_MLP_F64;
+}
+
+bool on_16_bytes(const void *pointer, long long stride, unsigned long long element) {
+  return reinterpret_cast<unsigned long long>(pointer) % 16 == 0 && stride * static_cast<long long>(element) % 16 == 0;
+}
+
+// The direct kernel reads 16 bytes at a time and never past a row's end.
+bool aligned(const FusedMlpArgs &args) {
+  const unsigned long long element = element_bytes(args.dtype);
+  return args.dtype != FUSED_MLP_F64 && args.hidden_size > 0 && args.intermediate_size > 0 &&
+         args.hidden_size * element % 16 == 0 &&
+         args.intermediate_size * element % 16 == 0 &&
+         on_16_bytes(args.x, args.tokens > 1 ? args.x_stride : 0, element) &&
+         on_16_bytes(args.gate, args.gate_stride, element) &&
+         (!args.gated || on_16_bytes(args.up, args.up_stride, element)) &&
+         on_16_bytes(args.down, args.down_stride, element);
+}
+
+int check(const FusedMlpArgs &args) {
+  if (!known_sizes(args) || !args.x || !args.gate || !args.down || (args.gated && !args.up) || args.activation < 0 ||
+      args.activation >= static_cast<int>(Activation::Count) || args.path < FUSED_MLP_PATH_AUTO ||
+      args.path > FUSED_MLP_PATH_DIRECT_PDL)
+    return FUSED_MLP_BAD_ARGUMENT;
+  return FUSED_MLP_OK;
+}
+
+// What AUTO means here; or whether the path asked for can be taken.
+int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path) {
+  const bool can_direct = device.compute_capability >= 80 && aligned(args);
+  const bool can_depend = can_direct && device.compute_capability >= 90;
+  const int best = can_depend   ? FUSED_MLP_PATH_DIRECT_PDL
+                   : can_direct ? FUSED_MLP_PATH_DIRECT
+                                : FUSED_MLP_PATH_PORTABLE;
+  *path = args.path == FUSED_MLP_PATH_AUTO ? best : args.path;
+  return *path <= best ? FUSED_MLP_OK : FUSED_MLP_UNSUPPORTED;
+}
+
+} // namespace
+} // namespace fused_mlp
+
+extern "C" uint64_t fused_mlp_decode_workspace_bytes(const FusedMlpArgs *args) {
+  return fused_mlp::known_sizes(*args) ? fused_mlp::layout_of(*args).bytes : 0;
+}
+
+extern "C" int fused_mlp_decode_path(const FusedMlpArgs *args, int *path) {
+  using namespace fused_mlp;
+  int status = check(*args);
+  const DeviceFacts *device = nullptr;
+  if (status == FUSED_MLP_OK)
+    status = current_device(&device);
+  return status == FUSED_MLP_OK ? resolve_path(*args, *device, path) : status;
+}
+
+extern "C" int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream) {
+  using namespace fused_mlp;
+  int status = check(*args);
+  const DeviceFacts *device = nullptr;
+  if (status == FUSED_MLP_OK)
+    status = current_device(&device);
+  int path = FUSED_MLP_PATH_AUTO;
+  if (status == FUSED_MLP_OK)
+    status = resolve_path(*args, *device, &path);
+  if (status != FUSED_MLP_OK)
+    return status;
+  if (!args->out || !args->workspace || reinterpret_cast<unsigned long long>(args->workspace) % 256 != 0)
+    return FUSED_MLP_BAD_ARGUMENT;
+  if (args->workspace_bytes < layout_of(*args).bytes)
+    return FUSED_MLP_WORKSPACE_TOO_SMALL;
+  if (!stream)
+    stream = cudaStreamLegacy;
+
+  const WorkspaceLayout layout = layout_of(*args);
+  char *const workspace = static_cast<char *>(args->workspace);
+  Shape shape;
+  shape.gate = args->gate;
+  shape.up = args->up;
+  shape.down = args->down;
+  shape.bias_gate = args->bias_gate;
+  shape.bias_up = args->bias_up;
+  shape.bias_down = args->bias_down;
+  shape.counters = reinterpret_cast<Counters *>(workspace);
+  shape.hidden = workspace + layout.hidden;
+  shape.partial = reinterpret_cast<float *>(workspace + layout.partial);
+  shape.x_stride = args->x_stride;
+  shape.gate_stride = args->gate_stride;
+  shape.up_stride = args->up_stride;
+  shape.down_stride = args->down_stride;
+  shape.hidden_stride = static_cast<long long>(layout.hidden_stride);
+  shape.hidden_size = args->hidden_size;
+  shape.intermediate_size = args->intermediate_size;
+  shape.output_size = args->output_size;
+  shape.gated = args->gated;
+  shape.activation = static_cast<Activation>(args->activation);
+  shape.activation_param = args->activation_param;
+
+  const unsigned long long element = element_bytes(args->dtype);
+  for (int token = 0; token < args->tokens; token += MAX_TOKENS) {
+    shape.x = static_cast<const char *>(args->x) + token * args->x_stride * static_cast<long long>(element);
+    shape.out = static_cast<char *>(args->out) +
+                static_cast<unsigned long long>(token) * args->output_size * element;
+    shape.tokens = args->tokens - token < MAX_TOKENS ? args->tokens - token : MAX_TOKENS;
+    status = path == FUSED_MLP_PATH_PORTABLE
+                 ? launch_decode_portable(shape, args->dtype, *device, stream)
+                 : launch_decode_direct(shape, args->dtype, *device, path == FUSED_MLP_PATH_DIRECT_PDL, stream);
+    if (status != FUSED_MLP_OK)
+      return status;
+  }
+  return FUSED_MLP_OK;
+}
+
+extern "C" const char *fused_mlp_status_text(int status) {
+  switch (status) {
+  case FUSED_MLP_BAD_ARGUMENT: return "an argument that the kernels do not know";
+  case FUSED_MLP_WORKSPACE_TOO_SMALL: return "a workspace that is too small";
+  case FUSED_MLP_UNSUPPORTED: return "a kernel that does not take this dtype, alignment or GPU";
+  default: return cudaGetErrorString(static_cast<cudaError_t>(status));
+  }
+}

@@ -1,0 +1,27 @@
+// What the chooser (decode.cu) knows of the kernel families.
+#pragma once
+#include "decode_common.cuh"
+
+namespace fused_mlp {
+
+// What a device offers, looked up once.
+struct DeviceFacts {
+  int multiprocessors;
+  int shared_bytes_per_block; // opt-in maximum
+  int compute_capability;     // 90 for 9.0, or less: what this library's code was compiled for
+};
+
+// 1 to 64 tokens of bf16, f16 or f32; every row and x must lie on 16 bytes. `programmatic` asks for dependent launch.
+int launch_decode_direct(const Shape &shape, int dtype, const DeviceFacts &device, bool programmatic,
+                         cudaStream_t stream);
+// Raises the kernels' shared-memory limit on the current device; once per device.
+int prepare_decode_direct(const DeviceFacts &device);
+// The architecture that the code which runs on the current device was compiled for: it may be older than the device.
+int compiled_architecture(int *compute_capability);
+// Most f32 values of `partial` that a call can need.
+unsigned long long decode_direct_partial_elements(int output_size);
+
+// 1 to 64 tokens of anything.
+int launch_decode_portable(const Shape &shape, int dtype, const DeviceFacts &device, cudaStream_t stream);
+
+} // namespace fused_mlp

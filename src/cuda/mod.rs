@@ -1,0 +1,445 @@
+//! The ops on a CUDA device.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `mod.rs` | which kernel runs, and both ways to run an MLP: one launch, or candle's products |
+//! | `ffi.rs` | the kernels' C interface |
+//! | `workspace.rs` | the memory that a launch needs besides its arguments, one per stream |
+//! | `../../cuda/` | the kernels |
+//!
+//! Everything is enqueued on the device's own stream, nothing waits for it, and a call can be captured in a CUDA graph
+//! once a call of the same size has been made on that stream (the first one allocates the workspace). A graph is to be
+//! replayed on the stream where it was captured, or while that stream runs none of these ops: they share the workspace.
+
+mod ffi;
+mod workspace;
+
+use crate::parameters::{Extent, Projection};
+use crate::Activation;
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop,
+};
+use candle_core::cuda_backend::CudaDType;
+use candle_core::{bail, CudaDevice, CudaStorage, DType, Layout, Result, Shape};
+use half::{bf16, f16};
+use std::cell::Cell;
+use std::fmt;
+
+/// A way to run an MLP on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Kernel {
+    /// Both layers in one launch that overlaps with the ones before and after it; from sm_90 on.
+    DecodeDependent,
+    /// Both layers in one launch, weights from memory straight into registers; from sm_80 on, where all rows lie on 16
+    /// bytes, not for f64.
+    Decode,
+    /// Both layers in one launch, for any GPU, alignment and dtype.
+    DecodePortable,
+    /// candle's products, and one launch for all that is between them.
+    Matmul,
+}
+
+thread_local! {
+    static FORCED: Cell<Option<Kernel>> = const { Cell::new(None) };
+}
+
+impl Kernel {
+    /// Every kernel.
+    pub const ALL: [Self; 4] = [Self::DecodeDependent, Self::Decode, Self::DecodePortable, Self::Matmul];
+
+    /// The name, as in a plan.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DecodeDependent => "decode-dependent",
+            Self::Decode => "decode",
+            Self::DecodePortable => "decode-portable",
+            Self::Matmul => "matmul",
+        }
+    }
+
+    /// Calls `f` with the ops that this thread runs on this kernel, whatever would be chosen: for comparisons and tests.
+    /// An op that the kernel does not take is an error; weights whose rows are not contiguous go to
+    /// [`Matmul`](Self::Matmul) all the same.
+    ///
+    /// # Errors
+    /// Those of `f`.
+    pub fn with<R>(self, f: impl FnOnce() -> Result<R>) -> Result<R> {
+        struct Restore(Option<Kernel>);
+        impl Drop for Restore {
+            fn drop(&mut self) {
+                FORCED.set(self.0);
+            }
+        }
+        let _restore = Restore(FORCED.replace(Some(self)));
+        f()
+    }
+
+    /// The path of the C interface, for a decode kernel.
+    fn path(self) -> i32 {
+        match self {
+            Self::DecodeDependent => ffi::PATH_DIRECT_DEPENDENT,
+            Self::Decode => ffi::PATH_DIRECT,
+            Self::DecodePortable => ffi::PATH_PORTABLE,
+            Self::Matmul => ffi::PATH_AUTO,
+        }
+    }
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What the choice of a kernel depends on.
+struct Facts {
+    /// The best path that the device, the dtype and the alignment allow.
+    path: i32,
+    dtype: DType,
+    tokens: usize,
+    /// Elements of all weights.
+    weights: usize,
+}
+
+/// Which kernel runs where weights' rows are contiguous: the one place where that is decided, by what was measured
+/// (`PERFORMANCE-cuda.md`). Other weights go to [`Kernel::Matmul`].
+fn choose(facts: &Facts) -> Kernel {
+    let &Facts { path, dtype, tokens, weights } = facts;
+    if weights == 0 {
+        // candle's product has no rule for sums of nothing.
+        return Kernel::DecodePortable;
+    }
+    if let Some(kernel) = FORCED.get() {
+        return kernel;
+    }
+    const MILLION: usize = 1_000_000;
+    let most_tokens = match (dtype, weights / MILLION) {
+        (DType::F32, 0..4) => 64,
+        (DType::F32, 96..) if tokens == 1 => 0,
+        (DType::F32, _) => 16,
+        (_, 0..8) => 64,
+        (_, 8..20) => 32,
+        (_, 20..96) => 16,
+        (_, 96..256) => 2,
+        (_, 256..) => 1,
+    };
+    match path {
+        ffi::PATH_DIRECT_DEPENDENT if tokens <= most_tokens => Kernel::DecodeDependent,
+        ffi::PATH_DIRECT if tokens <= most_tokens => Kernel::Decode,
+        _ => Kernel::Matmul,
+    }
+}
+
+/// A dtype that the ops take.
+trait Element: CudaDType + DeviceRepr + 'static {
+    /// Its number in the C interface.
+    const CODE: i32;
+}
+
+macro_rules! elements {
+    ($($element:ty = $code:literal),*) => { $(impl Element for $element { const CODE: i32 = $code; })* };
+}
+elements!(bf16 = 0, f16 = 1, f32 = 2, f64 = 3);
+
+/// Calls a generic function with the element of a dtype.
+macro_rules! dispatch {
+    ($op:expr, $dtype:expr, $function:ident($($argument:expr),*)) => {
+        match $dtype {
+            DType::BF16 => $function::<bf16>($($argument),*),
+            DType::F16 => $function::<f16>($($argument),*),
+            DType::F32 => $function::<f32>($($argument),*),
+            DType::F64 => $function::<f64>($($argument),*),
+            other => bail!("{}: expected dtype f32, f16, bf16 or f64, found {}", $op, other.as_str()),
+        }
+    };
+}
+
+/// A tensor's part of a storage.
+pub(crate) type View<'a> = (&'a CudaStorage, Layout);
+
+/// An MLP and its input.
+pub(crate) struct Problem<'a> {
+    pub op: &'static str,
+    /// Of any rank from 1 on.
+    pub xs: View<'a>,
+    /// `xs` as `[tokens, hidden_size]`, if one stride can describe all its leading dimensions.
+    pub flat_xs: Option<Layout>,
+    /// What the activation is applied to: the gate, or the first layer of a plain MLP.
+    pub gate: Projection<View<'a>>,
+    /// What the activated gate is multiplied with, in a gated MLP.
+    pub up: Option<Projection<View<'a>>>,
+    pub down: Projection<View<'a>>,
+    pub activation: Activation,
+}
+
+/// The output `[tokens, out_features]` of an MLP of so many tokens, row by row.
+///
+/// # Errors
+/// No memory left on the device, or a launch that fails.
+pub(crate) fn forward(problem: &Problem, tokens: usize) -> Result<CudaStorage> {
+    dispatch!(problem.op, problem.xs.0.dtype(), forward_of(problem, tokens))
+}
+
+/// Sizes up to which the decode kernels' arithmetic of bytes fits their integers.
+const LARGEST: usize = 1 << 27;
+
+fn forward_of<E: Element>(problem: &Problem, tokens: usize) -> Result<CudaStorage> {
+    let Problem { op, xs, gate, up, down, activation, .. } = problem;
+    let (&[intermediate_size, hidden_size], &[out_features, _]) = (gate.weight.1.dims(), down.weight.1.dims()) else {
+        bail!("{op}: expected weights of rank 2, found {:?} and {:?}", gate.weight.1.dims(), down.weight.1.dims());
+    };
+    let device = xs.0.device();
+    let stream = device.cuda_stream();
+    if tokens == 0 || out_features == 0 {
+        return Ok(CudaStorage::wrap_cuda_slice(allocate::<E>(device, 0)?, device.clone()));
+    }
+    let xs = match &problem.flat_xs {
+        Some(layout) if rows_are_contiguous(layout) => Source::Given((xs.0, layout.clone())),
+        _ => Source::copy(xs, (tokens, hidden_size))?,
+    };
+    let bias_gate = Source::vector(&gate.bias)?;
+    let bias_up = up.as_ref().map(|up| Source::vector(&up.bias)).transpose()?.flatten();
+    let bias_down = Source::vector(&down.bias)?;
+
+    let weights = [Some(&gate.weight), up.as_ref().map(|up| &up.weight), Some(&down.weight)];
+    let sizes = [tokens, hidden_size, intermediate_size, out_features];
+    let addressable = weights.iter().flatten().all(|(_, layout)| rows_are_contiguous(layout))
+        && sizes.iter().all(|&size| size <= LARGEST);
+    if addressable {
+        // The guards tell candle of these reads when they are dropped, after the launch.
+        let [x, gate, down] = [xs.view(), (gate.weight.0, &gate.weight.1), (down.weight.0, &down.weight.1)]
+            .map(|(storage, layout)| Address::of::<E>(storage, layout, &stream));
+        let (x, gate, down) = (x?, gate?, down?);
+        let up = up.as_ref().map(|up| Address::of::<E>(up.weight.0, &up.weight.1, &stream)).transpose()?;
+        let bias_gate = Address::of_bias::<E>(&bias_gate, &stream)?;
+        let bias_up = Address::of_bias::<E>(&bias_up, &stream)?;
+        let bias_down = Address::of_bias::<E>(&bias_down, &stream)?;
+        let at = |address: &Option<Address>| address.as_ref().map_or(0, |a| a.at);
+        let args = ffi::DecodeArgs {
+            x: x.at,
+            gate: gate.at,
+            up: at(&up),
+            down: down.at,
+            bias_gate: at(&bias_gate),
+            bias_up: at(&bias_up),
+            bias_down: at(&bias_down),
+            out: 0,
+            workspace: 0,
+            workspace_bytes: 0,
+            x_stride: x.row_stride,
+            gate_stride: gate.row_stride,
+            up_stride: up.as_ref().map_or(0, |up| up.row_stride),
+            down_stride: down.row_stride,
+            tokens: tokens as i32,
+            hidden_size: hidden_size as i32,
+            intermediate_size: intermediate_size as i32,
+            output_size: out_features as i32,
+            dtype: E::CODE,
+            gated: up.is_some().into(),
+            activation: activation.index(),
+            path: ffi::PATH_AUTO,
+            activation_param: activation.parameter().unwrap_or(0.),
+        };
+        let best = ffi::decode_path(op, &args, &stream)?;
+        let projections = if up.is_some() { 2 } else { 1 };
+        // A layer of no inputs has no weights to count either way.
+        let weights = match hidden_size {
+            0 => 0,
+            _ => intermediate_size.saturating_mul(projections * hidden_size + out_features),
+        };
+        let kernel = choose(&Facts { path: best, dtype: xs.view().0.dtype(), tokens, weights });
+        if kernel != Kernel::Matmul {
+            let (workspace, workspace_bytes) = workspace::of(op, &stream, ffi::workspace_bytes(&args))?;
+            let mut out = allocate::<E>(device, tokens * out_features)?;
+            let (at, guard) = out.device_ptr_mut(&stream);
+            let args = ffi::DecodeArgs { out: at, workspace, workspace_bytes, path: kernel.path(), ..args };
+            // SAFETY: every address was checked to have its rows within its storage, the output has `tokens` rows; all
+            // are freed in the order of this stream; the workspace is this stream's own.
+            unsafe { ffi::decode(op, &args, &stream)? };
+            drop(guard);
+            return Ok(CudaStorage::wrap_cuda_slice(out, device.clone()));
+        }
+    }
+
+    let (x, x_layout) = xs.view();
+    let mut hidden = product(x, x_layout, &gate.weight)?;
+    let up = up.as_ref().map(|up| product(x, x_layout, &up.weight)).transpose()?;
+    let layout = Layout::contiguous((tokens, intermediate_size));
+    {
+        let up = up.as_ref().map(|up| Address::of::<E>(up, &layout, &stream)).transpose()?;
+        let bias_gate = Address::of_bias::<E>(&bias_gate, &stream)?;
+        let bias_up = Address::of_bias::<E>(&bias_up, &stream)?;
+        let at = |address: &Option<Address>| address.as_ref().map_or(0, |a| a.at);
+        let (gate, _guard) = hidden.as_cuda_slice_mut::<E>()?.device_ptr_mut(&stream);
+        let args = ffi::HiddenArgs {
+            gate,
+            up: at(&up),
+            bias_gate: at(&bias_gate),
+            bias_up: at(&bias_up),
+            gradient: 0,
+            hidden: gate,
+            d_gate: 0,
+            d_up: 0,
+            rows: tokens as i64,
+            cols: intermediate_size as i64,
+            dtype: E::CODE,
+            activation: activation.index(),
+            activation_param: activation.parameter().unwrap_or(0.),
+        };
+        // SAFETY: the products are matrices of this size, the biases were checked to be as long as their rows.
+        unsafe { ffi::hidden(op, &args, &stream)? };
+    }
+    let mut out = product(&hidden, &layout, &down.weight)?;
+    if let Some(bias) = Address::of_bias::<E>(&bias_down, &stream)? {
+        let (at, _guard) = out.as_cuda_slice_mut::<E>()?.device_ptr_mut(&stream);
+        // SAFETY: the product is a matrix of this size, the bias was checked to be as long as its rows.
+        unsafe { ffi::add_bias(op, (at, bias.at), (tokens as i64, out_features as i64), E::CODE, &stream)? };
+    }
+    Ok(out)
+}
+
+/// `[3 or 2, rows, cols]`: the hidden layer and the gradients of the gate's and (in a gated MLP, where `up` is given) up's
+/// preactivations, from these and the hidden layer's gradient, all contiguous matrices of one shape.
+///
+/// # Errors
+/// Arguments that are not contiguous, no memory left on the device, or a launch that fails.
+pub(crate) fn hidden_gradients(
+    op: &'static str,
+    activation: Activation,
+    gate: View,
+    up: Option<View>,
+    gradient: View,
+) -> Result<CudaStorage> {
+    dispatch!(op, gate.0.dtype(), hidden_gradients_of(op, activation, gate, up, gradient))
+}
+
+fn hidden_gradients_of<E: Element>(
+    op: &'static str,
+    activation: Activation,
+    gate: View,
+    up: Option<View>,
+    gradient: View,
+) -> Result<CudaStorage> {
+    let device = gate.0.device();
+    let stream = device.cuda_stream();
+    let shape = gate.1.shape();
+    let (rows, cols) = shape.dims2()?;
+    let len = shape.elem_count();
+    for (_, layout) in [Some(&gate), up.as_ref(), Some(&gradient)].into_iter().flatten() {
+        if !layout.is_contiguous() || layout.shape() != shape {
+            bail!("{op}: expected contiguous arguments of shape {shape:?}, found {layout:?}");
+        }
+    }
+    let mut out = allocate::<E>(device, len * if up.is_some() { 3 } else { 2 })?;
+    {
+        let (g, d) = (Address::of::<E>(gate.0, &gate.1, &stream)?, Address::of::<E>(gradient.0, &gradient.1, &stream)?);
+        let u = up.as_ref().map(|(storage, layout)| Address::of::<E>(storage, layout, &stream)).transpose()?;
+        let (at, _guard) = out.device_ptr_mut(&stream);
+        let part = |i: usize| at + (i * len * size_of::<E>()) as u64;
+        let args = ffi::HiddenArgs {
+            gate: g.at,
+            up: u.as_ref().map_or(0, |u| u.at),
+            bias_gate: 0,
+            bias_up: 0,
+            gradient: d.at,
+            hidden: at,
+            d_gate: part(1),
+            d_up: part(2),
+            rows: rows as i64,
+            cols: cols as i64,
+            dtype: E::CODE,
+            activation: activation.index(),
+            activation_param: activation.parameter().unwrap_or(0.),
+        };
+        // SAFETY: the arguments are contiguous matrices of this size, the output has room for two or three; the third is
+        // written only if there is an `up`.
+        unsafe { ffi::hidden_gradients(op, &args, &stream)? };
+    }
+    Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
+}
+
+/// Room for so many elements, and for one where there are none: the driver has no allocation of nothing.
+fn allocate<E: Element>(device: &CudaDevice, len: usize) -> Result<CudaSlice<E>> {
+    // SAFETY: whoever allocates has a kernel write every element.
+    unsafe { device.alloc::<E>(len.max(1)) }
+}
+
+/// Whether a matrix's rows are contiguous each.
+fn rows_are_contiguous(layout: &Layout) -> bool {
+    matches!((layout.dims(), layout.stride()), (&[_, cols], &[_, stride]) if stride == 1 || cols == 1)
+}
+
+/// `x wᵀ` by candle's own product.
+fn product(x: &CudaStorage, x_layout: &Layout, w: &View) -> Result<CudaStorage> {
+    /// As candle's product takes it: contiguous, or the transposed of a contiguous matrix.
+    fn dense<'a>(storage: &'a CudaStorage, layout: &Layout) -> Result<Source<'a>> {
+        if layout.is_contiguous() || layout.transpose(0, 1)?.is_contiguous() {
+            Ok(Source::Given((storage, layout.clone())))
+        } else {
+            Source::copy(&(storage, layout.clone()), layout.shape().dims2()?)
+        }
+    }
+    let (x, w) = (dense(x, x_layout)?, dense(w.0, &w.1)?);
+    let ((x, x_layout), (w, w_layout)) = (x.view(), w.view());
+    let ((m, k), n) = (x_layout.shape().dims2()?, w_layout.dims()[0]);
+    x.matmul(w, (1, m, n, k), x_layout, &w_layout.transpose(0, 1)?)
+}
+
+/// A tensor as it was given, or a copy whose elements lie in order.
+enum Source<'a> {
+    Given(View<'a>),
+    Copied(CudaStorage, Layout),
+}
+
+impl<'a> Source<'a> {
+    fn view(&self) -> (&CudaStorage, &Layout) {
+        match self {
+            Self::Given((storage, layout)) => (storage, layout),
+            Self::Copied(storage, layout) => (storage, layout),
+        }
+    }
+
+    fn copy((storage, layout): &View<'a>, shape: impl Into<Shape>) -> Result<Self> {
+        let shape = shape.into();
+        // SAFETY: the copy writes every element.
+        let mut copy = unsafe { storage.device().alloc_uninit(&shape, storage.dtype())? };
+        storage.copy_strided_src(&mut copy, 0, layout)?;
+        Ok(Self::Copied(copy, Layout::contiguous(shape)))
+    }
+
+    /// A vector whose elements lie in order.
+    fn vector(view: &Option<View<'a>>) -> Result<Option<Self>> {
+        match view {
+            None => Ok(None),
+            Some(view) if view.1.is_contiguous() => Ok(Some(Self::Given(view.clone()))),
+            Some(view) => Self::copy(view, view.1.dims()).map(Some),
+        }
+    }
+}
+
+/// Where a kernel reads a matrix or a vector, checked to lie within its storage.
+struct Address<'a> {
+    at: u64,
+    row_stride: i64,
+    /// When dropped, tells candle that the stream reads the storage until here.
+    _guard: SyncOnDrop<'a>,
+}
+
+impl<'a> Address<'a> {
+    fn of<E: Element>(storage: &'a CudaStorage, layout: &Layout, stream: &'a CudaStream) -> Result<Self> {
+        let slice = storage.as_cuda_slice::<E>()?;
+        let extent = Extent::of(layout, slice.len())?;
+        let (at, guard) = slice.device_ptr(stream);
+        let at = at + (extent.start() * size_of::<E>()) as u64;
+        Ok(Self { at, row_stride: extent.row_stride as i64, _guard: guard })
+    }
+
+    fn of_bias<E: Element>(bias: &'a Option<Source>, stream: &'a CudaStream) -> Result<Option<Self>> {
+        match bias.as_ref().map(Source::view) {
+            None => Ok(None),
+            Some((storage, layout)) => Self::of::<E>(storage, layout, stream).map(Some),
+        }
+    }
+}

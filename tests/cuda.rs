@@ -1,0 +1,356 @@
+//! What only a GPU can get wrong: every kernel against f64, rows' independence, streams, threads, graphs.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use candle_fused_mlp::cuda::Kernel;
+use candle_fused_mlp::ops::{fused_mlp, fused_swiglu};
+use candle_fused_mlp::{Activation, FusedSwiGlu, GateUp};
+use candle_nn::Linear;
+use common::*;
+
+const DECODE: [Kernel; 3] = [Kernel::DecodeDependent, Kernel::Decode, Kernel::DecodePortable];
+
+/// The kernels that take this dtype, where all is aligned.
+fn kernels(dtype: DType) -> Vec<Kernel> {
+    let takes = |kernel: &Kernel| dtype != DType::F64 || !matches!(kernel, Kernel::DecodeDependent | Kernel::Decode);
+    Kernel::ALL.into_iter().filter(takes).collect()
+}
+
+fn gated(
+    random: &mut Random,
+    (hidden, intermediate): (usize, usize),
+    dtype: DType,
+    device: &Device,
+) -> Result<FusedSwiGlu> {
+    let gate = random.linear((intermediate, hidden), true, dtype, device)?;
+    let up = random.linear((intermediate, hidden), false, dtype, device)?;
+    let down = random.linear((hidden, intermediate), true, dtype, device)?;
+    FusedSwiGlu::from_linears(&gate, &up, &down)
+}
+
+fn exact(module: &FusedSwiGlu, xs: &Tensor) -> Result<Tensor> {
+    exact_swiglu(xs, module.gate_up(), module.down(), module.activation())
+}
+
+fn assert_near(found: &Tensor, exact: &Tensor, what: &str) -> Result<()> {
+    let (error, dtype) = (relative_error(found, exact)?, found.dtype());
+    assert!(error <= tolerance(dtype), "{what} {dtype:?}: {error:e}");
+    Ok(())
+}
+
+/// Each kernel, also those that another GPU would choose.
+#[test]
+fn every_kernel() -> Result<()> {
+    let device = &Device::new_cuda(0)?;
+    for dtype in DTYPES {
+        for kernel in kernels(dtype) {
+            for (i, &activation) in Activation::ALL.iter().enumerate() {
+                let random = &mut Random::new(i as u64);
+                let tokens = [1, 3, 8, 12, 20, 64, 100][i % 7];
+                let xs = random.normal(&[tokens, 72], 1., dtype, device)?;
+                let gate = random.linear((200, 72), i % 2 == 0, dtype, device)?;
+                let up = random.linear((200, 72), i % 3 == 0, dtype, device)?;
+                let down = random.linear((40, 200), i % 4 < 2, dtype, device)?;
+                let gate_up = GateUp::Separate { gate: gate.clone(), up };
+                let what = format!("{kernel} {activation} {tokens}");
+                let found = kernel.with(|| fused_mlp(&xs, &gate, &down, activation))?;
+                assert_near(&found, &exact_mlp(&xs, &gate, &down, activation)?, &what)?;
+                let found = kernel.with(|| fused_swiglu(&xs, &gate_up, &down, activation))?;
+                assert_near(&found, &exact_swiglu(&xs, &gate_up, &down, activation)?, &what)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// In a decode kernel a row's bits depend neither on its company nor on the run.
+#[test]
+fn rows_are_independent() -> Result<()> {
+    let device = &Device::new_cuda(0)?;
+    for dtype in DTYPES {
+        for sizes in [(576, 1536), (64, 172), (1024, 2816)] {
+            let random = &mut Random::new(3);
+            let module = gated(random, sizes, dtype, device)?;
+            let xs = random.normal(&[64, sizes.0], 1., dtype, device)?;
+            for kernel in DECODE {
+                if !kernels(dtype).contains(&kernel) || (kernel != Kernel::DecodePortable && sizes.1 % 8 != 0) {
+                    continue;
+                }
+                kernel.with(|| {
+                    let all = values(&module.forward(&xs)?)?;
+                    for _ in 0..10 {
+                        assert_eq!(values(&module.forward(&xs)?)?, all, "{kernel} {dtype:?} {sizes:?}, again");
+                    }
+                    for tokens in [1, 2, 7, 16, 33] {
+                        for first in [0, 64 - tokens] {
+                            let some = values(&module.forward(&xs.narrow(0, first, tokens)?)?)?;
+                            let expected = &all[first * sizes.0..(first + tokens) * sizes.0];
+                            assert_eq!(some, expected, "{kernel} {dtype:?} {sizes:?}, {tokens} from {first}");
+                        }
+                    }
+                    Ok(())
+                })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Two threads, on two streams and on candle's stream that is another one in each thread.
+#[test]
+fn two_streams_at_once() -> Result<()> {
+    let sizes = [(576, 1536), (256, 4096), (1024, 2816)];
+    let run = |device: Device, seed: u64| -> Result<()> {
+        let random = &mut Random::new(seed);
+        let mut calls = Vec::new();
+        for (i, sizes) in sizes.into_iter().enumerate() {
+            let dtype = [DType::BF16, DType::F32, DType::F16][i];
+            let module = gated(random, sizes, dtype, &device)?;
+            for (tokens, kernel) in [(1, Kernel::DecodeDependent), (9, Kernel::Decode), (5, Kernel::DecodePortable)] {
+                let xs = random.normal(&[tokens, sizes.0], 1., dtype, &device)?;
+                let expected = kernel.with(|| module.forward(&xs))?;
+                assert_near(&expected, &exact(&module, &xs)?, &format!("{kernel}"))?;
+                calls.push((module.clone(), xs, kernel, values(&expected)?));
+            }
+        }
+        for round in 0..60 {
+            let mut found = Vec::new();
+            for i in 0..10 * calls.len() {
+                let (module, xs, kernel, _) = &calls[(i * 7 + round) % calls.len()];
+                found.push(kernel.with(|| module.forward(xs))?);
+            }
+            for i in 0..calls.len() {
+                assert_eq!(values(&found[i])?, calls[(i * 7 + round) % calls.len()].3);
+            }
+        }
+        Ok(())
+    };
+    let shared = Device::new_cuda(0)?;
+    let pairs = [[Device::new_cuda_with_stream(0)?, Device::new_cuda_with_stream(0)?], [shared.clone(), shared]];
+    for devices in pairs {
+        let results = std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                devices.into_iter().zip(1..).map(|(device, seed)| scope.spawn(move || run(device, seed))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("a thread panicked")).collect::<Vec<_>>()
+        });
+        results.into_iter().collect::<Result<()>>()?;
+    }
+    Ok(())
+}
+
+/// A device whose stream can be captured: candle's events between streams cannot.
+fn capturable() -> Result<Device> {
+    let device = Device::new_cuda_with_stream(0)?;
+    // SAFETY: the test that asks for this device uses it on one thread and one stream.
+    unsafe { device.as_cuda_device()?.disable_event_tracking() };
+    Ok(device)
+}
+
+const THREAD_LOCAL: CUstreamCaptureMode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+const AUTO_FREE: CUgraphInstantiate_flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+
+#[test]
+fn graphs_replay() -> Result<()> {
+    let device = &capturable()?;
+    let stream = device.as_cuda_device()?.cuda_stream();
+    for (dtype, kernel, tokens) in [
+        (DType::BF16, Kernel::DecodeDependent, 1),
+        (DType::BF16, Kernel::Decode, 16),
+        (DType::F32, Kernel::DecodeDependent, 5),
+        (DType::F64, Kernel::DecodePortable, 3),
+    ] {
+        let random = &mut Random::new(6);
+        let layers: Vec<_> = (0..3).map(|_| gated(random, (576, 1536), dtype, device)).collect::<Result<_>>()?;
+        let model = |xs: &Tensor| kernel.with(|| layers.iter().try_fold(xs.clone(), |xs, layer| layer.forward(&xs)));
+        let xs = random.normal(&[tokens, 576], 1., dtype, device)?;
+        let out = xs.zeros_like()?;
+        model(&xs)?;
+        stream.begin_capture(THREAD_LOCAL).map_err(candle_core::Error::wrap)?;
+        let captured = model(&xs).and_then(|ys| out.slice_set(&ys, 0, 0));
+        let graph = stream.end_capture(AUTO_FREE).map_err(candle_core::Error::wrap)?.expect("a graph");
+        captured?;
+        for _ in 0..3 {
+            let fresh = random.normal(&[tokens, 576], 1., dtype, device)?;
+            let expected = values(&model(&fresh)?)?;
+            xs.slice_set(&fresh, 0, 0)?;
+            for _ in 0..1000 {
+                graph.launch().map_err(candle_core::Error::wrap)?;
+            }
+            assert_eq!(values(&out)?, expected, "{kernel} {dtype:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_first_call_cannot_be_captured() -> Result<()> {
+    let device = &capturable()?;
+    let stream = device.as_cuda_device()?.cuda_stream();
+    let random = &mut Random::new(7);
+    let module = gated(random, (64, 192), DType::F32, device)?;
+    let xs = random.normal(&[1, 64], 1., DType::F32, device)?;
+    stream.begin_capture(THREAD_LOCAL).map_err(candle_core::Error::wrap)?;
+    let captured = module.forward(&xs).map(|ys| ys.dims().to_vec());
+    stream.end_capture(AUTO_FREE).map_err(candle_core::Error::wrap)?;
+    let error = captured.unwrap_err().to_string();
+    assert!(error.contains("before the capture of a CUDA graph"), "{error}");
+    assert_near(&module.forward(&xs)?, &exact(&module, &xs)?, "after the capture")
+}
+
+#[test]
+fn any_strides() -> Result<()> {
+    let device = &Device::new_cuda(0)?;
+    for dtype in DTYPES {
+        let random = &mut Random::new(8);
+        let module = gated(random, (48, 96), dtype, device)?;
+        for (tokens, wide) in
+            [(5, random.normal(&[6, 80], 1., dtype, device)?), (40, random.normal(&[41, 80], 1., dtype, device)?)]
+        {
+            let padded = wide.narrow(1, 16, 48)?.narrow(0, 1, tokens)?;
+            let odd = wide.narrow(1, 3, 48)?.narrow(0, 0, tokens)?;
+            let transposed = wide.narrow(1, 0, tokens.min(40))?.t()?;
+            let transposed = Tensor::cat(&[&transposed; 8], 1)?.t()?.contiguous()?.narrow(0, 0, 48)?.t()?;
+            let repeated = wide.narrow(0, 0, 1)?.narrow(1, 0, 48)?.broadcast_as((tokens, 48))?;
+            let deep = wide.narrow(0, 0, 4)?.reshape((2, 2, 80))?.narrow(2, 8, 48)?.transpose(0, 1)?;
+            for xs in [padded, odd, transposed, repeated, deep] {
+                let what = format!("{:?}", xs.layout());
+                assert_near(&module.forward(&xs)?, &exact(&module, &xs)?, &what)?;
+            }
+        }
+        // Weights and biases: transposed, with padded rows, off any alignment, every other row, repeated.
+        let square = random.normal(&[48, 48], 0.2, dtype, device)?;
+        let wide = random.normal(&[97, 50], 0.2, dtype, device)?;
+        let ways = [
+            square.t()?,
+            wide.narrow(0, 0, 48)?.narrow(1, 0, 48)?,
+            wide.narrow(0, 1, 48)?.narrow(1, 1, 48)?,
+            wide.narrow(0, 0, 96)?.reshape((48, 2, 50))?.narrow(1, 0, 1)?.squeeze(1)?.narrow(1, 0, 48)?,
+            wide.narrow(0, 0, 1)?.narrow(1, 0, 48)?.broadcast_as((48, 48))?,
+            wide.narrow(0, 0, 96)?.t()?.narrow(0, 0, 48)?.narrow(1, 0, 48)?,
+        ];
+        let bias = wide.narrow(0, 0, 48)?.narrow(1, 0, 1)?.squeeze(1)?;
+        for weight in ways {
+            for tokens in [1, 7, 40] {
+                let xs = random.normal(&[tokens, 48], 1., dtype, device)?;
+                let layer = Linear::new(weight.clone(), Some(bias.clone()));
+                let what = format!("{tokens} {:?}", weight.layout());
+                let found = fused_mlp(&xs, &layer, &layer, Activation::Silu)?;
+                // candle's own product does not take all of these strides.
+                let dense = Linear::new(weight.contiguous()?, Some(bias.contiguous()?));
+                assert_near(&found, &exact_mlp(&xs, &dense, &dense, Activation::Silu)?, &what)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn no_tokens() -> Result<()> {
+    let device = &Device::new_cuda(0)?;
+    for dtype in DTYPES {
+        let module = gated(&mut Random::new(9), (48, 96), dtype, device)?;
+        let none = Tensor::ones((2, 4, 48), dtype, device)?.narrow(1, 0, 0)?;
+        assert_eq!(module.forward(&none)?.dims(), &[2, 0, 48]);
+    }
+    Ok(())
+}
+
+/// Layers of no inputs give their biases, as on the CPU.
+#[test]
+fn sums_of_nothing() -> Result<()> {
+    let device = &Device::new_cuda(0)?;
+    let random = &mut Random::new(13);
+    let [fc1, fc2] = [(16, 8), (8, 16)].map(|size| random.linear(size, true, DType::F32, &Device::Cpu));
+    let (fc1, fc2) = (fc1?, fc2?);
+    let xs = random.normal(&[70, 8], 1., DType::F32, &Device::Cpu)?;
+    // [hidden size, intermediate size]
+    for [hidden, intermediate] in [[0, 16], [8, 0], [0, 0]] {
+        let run = |device: &Device| -> Result<Tensor> {
+            let (fc1, fc2, xs) = (fc1.clone(), fc2.clone(), xs.to_device(device)?.narrow(1, 0, hidden)?);
+            let part = |linear: &Linear, rows: usize, cols: usize| -> Result<Linear> {
+                let weight = linear.weight().to_device(device)?.narrow(0, 0, rows)?.narrow(1, 0, cols)?;
+                let bias = linear.bias().map(|bias| bias.to_device(device)?.narrow(0, 0, rows)).transpose()?;
+                Ok(Linear::new(weight, bias))
+            };
+            let (fc1, fc2) = (part(&fc1, intermediate, hidden)?, part(&fc2, 8, intermediate)?);
+            fused_mlp(&xs, &fc1, &fc2, Activation::Gelu)
+        };
+        let (found, expected) = (run(device)?, run(&Device::Cpu)?);
+        assert!(relative_error(&found, &expected)? <= 1e-6, "{hidden} {intermediate}");
+    }
+    Ok(())
+}
+
+#[test]
+fn errors_say_what_was_expected() -> Result<()> {
+    let device = &Device::new_cuda(0)?;
+    let random = &mut Random::new(10);
+    let module = gated(random, (48, 96), DType::F64, device)?;
+    let says = |result: Result<Tensor>, parts: &[&str]| {
+        let error = result.map(|ys| ys.dims().to_vec()).unwrap_err().to_string();
+        for part in parts {
+            assert!(error.contains(part), "expected {part:?} in: {error}");
+        }
+    };
+    let xs = random.normal(&[1, 48], 1., DType::F64, device)?;
+    says(module.forward(&xs.to_device(&Device::Cpu)?), &["gate weight", "Cpu as xs is", "Cuda"]);
+    says(module.forward(&xs.to_dtype(DType::F32)?), &["gate weight", "dtype f32", "f64"]);
+    says(module.forward(&xs.narrow(1, 0, 40)?), &["gate weight", "[out_features, 40]", "[96, 48]"]);
+    says(Kernel::Decode.with(|| module.forward(&xs)), &["fused-swiglu", "kernel that does not take this dtype"]);
+    assert_near(&module.forward(&xs)?, &exact(&module, &xs)?, "after the errors")
+}
+
+/// What does not fit on the device is an error, and the next call works.
+#[test]
+fn out_of_memory() -> Result<()> {
+    let device = &Device::new_cuda(0)?;
+    let random = &mut Random::new(11);
+    let module = gated(random, (64, 128), DType::BF16, device)?;
+    let huge = Linear::new(random.normal(&[1, 128], 1., DType::BF16, device)?.broadcast_as((1 << 30, 128))?, None);
+    for tokens in [1, 4096] {
+        let xs = random.normal(&[tokens, 64], 1., DType::BF16, device)?;
+        assert!(fused_swiglu(&xs, module.gate_up(), &huge, Activation::Silu).is_err());
+        let xs = xs.narrow(0, 0, 1)?;
+        assert_near(&module.forward(&xs)?, &exact(&module, &xs)?, "after running out of memory")?;
+    }
+    Ok(())
+}
+
+/// The gradients on the GPU are the CPU's.
+#[test]
+fn gradients() -> Result<()> {
+    let device = &Device::new_cuda(0)?;
+    for (i, &activation) in Activation::ALL.iter().enumerate() {
+        for tokens in [3, 40] {
+            let random = &mut Random::new(12 + i as u64);
+            let shapes: [&[usize]; 6] = [&[tokens, 24], &[56, 24], &[56, 24], &[24, 56], &[56], &[24]];
+            let tensors: Vec<_> =
+                shapes.iter().map(|dims| random.normal(dims, 0.5, DType::F64, &Device::Cpu)).collect::<Result<_>>()?;
+            let gradients = |device: &Device, is_gated: bool| -> Result<Vec<Tensor>> {
+                let vars =
+                    tensors.iter().map(|t| Var::from_tensor(&t.to_device(device)?)).collect::<Result<Vec<_>>>()?;
+                let [xs, gate, up, down, gate_bias, down_bias] =
+                    [0, 1, 2, 3, 4, 5].map(|i| vars[i].as_tensor().clone());
+                let (gate, down) = (Linear::new(gate, Some(gate_bias)), Linear::new(down, Some(down_bias)));
+                let ys = if is_gated {
+                    fused_swiglu(&xs, &GateUp::Separate { gate, up: Linear::new(up, None) }, &down, activation)?
+                } else {
+                    fused_mlp(&xs, &gate, &down, activation)?
+                };
+                let gradients = ys.sqr()?.sum_all()?.backward()?;
+                Ok(vars.iter().filter_map(|var| gradients.get(var).cloned()).collect())
+            };
+            for is_gated in [false, true] {
+                let (found, expected) = (gradients(device, is_gated)?, gradients(&Device::Cpu, is_gated)?);
+                assert_eq!(found.len(), if is_gated { 6 } else { 5 });
+                for (found, expected) in found.iter().zip(&expected) {
+                    assert_near(found, expected, &format!("{activation} {tokens} {:?}", found.dims()))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
