@@ -104,7 +104,7 @@ struct Facts {
 }
 
 /// Which kernel runs where weights' rows are contiguous: the one place where that is decided, by what was measured
-/// (`PERFORMANCE-cuda.md`). Other weights go to [`Kernel::Matmul`].
+/// (`PERFORMANCE.md`). Other weights go to [`Kernel::Matmul`].
 fn choose(facts: &Facts) -> Kernel {
     let &Facts { path, dtype, tokens, weights } = facts;
     if weights == 0 {
