@@ -308,7 +308,7 @@ macro_rules! compiled {
     };
 }
 
-/// A kernel of `Plain` for a tier, since a trait has one implementation a type.
+/// The kernels of x86-64's tiers.
 #[cfg(target_arch = "x86_64")]
 mod tiers {
     use super::avx2::Avx2;
