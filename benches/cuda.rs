@@ -1,17 +1,18 @@
 //! One MLP of a model on a GPU, beside candle's own ops and the time that its weights need to be read.
 //!
-//!     cargo bench --features cuda --bench cuda -- [bf16|f16|f32|f64]... [TOKENS]... [all]
+//!     cargo bench --features cuda --bench cuda -- [bf16|f16|f32|f64]... [TOKENS]... [all] [energy]
 //!
 //! Microseconds of one layer of a stack whose weights are four times the second-level cache, in an ordinary loop of candle
 //! calls: random data, each layer reads what the one before gave, every fourth the first x again. The columns take
-//! turns; a number is the median of five turns of some milliseconds. `all` adds every kernel's own column.
+//! turns; a number is the median of five turns of some milliseconds. `all` adds every kernel's own column. `energy` measures
+//! millijoules a layer in place of time: NVML's counter over two seconds of each.
 
 use candle_core::{DType, Device, Error, Result, Tensor};
 use candle_fused_mlp::cuda::Kernel;
 use candle_fused_mlp::ops::{fused_mlp, fused_swiglu};
 use candle_fused_mlp::{reference, Activation, GateUp};
 use candle_nn::Linear;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Name, gated, hidden size, intermediate size.
 const MODELS: [(&str, bool, usize, usize); 8] = [
@@ -26,6 +27,7 @@ const MODELS: [(&str, bool, usize, usize); 8] = [
 ];
 
 const TURNS: usize = 5;
+const ENERGY_TIME: Duration = Duration::from_secs(2);
 const MICROSECONDS_A_TURN: f64 = 4000.;
 
 /// Weights in the stack: four times the largest second-level cache of today's GPUs.
@@ -128,6 +130,29 @@ fn time(layers: &[Layer], first: &Tensor, ways: &[Way]) -> Result<Vec<Option<f64
     Ok(times.into_iter().map(|t| if t.is_empty() { None } else { Some(median(t)) }).collect())
 }
 
+/// Millijoules of one layer, each way, of the first GPU that NVML knows.
+fn energy(layers: &[Layer], first: &Tensor, ways: &[Way]) -> Result<Vec<Option<f64>>> {
+    let nvml = nvml_wrapper::Nvml::init().map_err(Error::wrap)?;
+    let gpu = nvml.device_by_index(0).map_err(Error::wrap)?;
+    let mut each = Vec::new();
+    for &way in ways {
+        let mut xs = first.clone();
+        first.device().synchronize()?;
+        let (before, start) = (gpu.total_energy_consumption().map_err(Error::wrap)?, Instant::now());
+        let mut done = 0usize;
+        while start.elapsed() < ENERGY_TIME {
+            for (i, layer) in layers.iter().enumerate() {
+                xs = way.run(layer, if i % 4 == 0 { first } else { &xs })?;
+            }
+            first.device().synchronize()?;
+            done += layers.len();
+        }
+        let after = gpu.total_energy_consumption().map_err(Error::wrap)?;
+        each.push(Some((after - before) as f64 / done as f64));
+    }
+    Ok(each)
+}
+
 /// Bytes a second that a kernel reads which does nothing else.
 fn read_bandwidth(device: &Device) -> Result<f64> {
     use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg};
@@ -171,6 +196,7 @@ fn main() -> Result<()> {
     if dtypes.is_empty() {
         dtypes = known[..3].to_vec();
     }
+    let measure = if arguments.iter().any(|a| a == "energy") { energy } else { time };
     let mut ways = vec![Way::Candle, Way::Chosen];
     if arguments.iter().any(|a| a == "all") {
         ways.extend(Kernel::ALL.map(Way::Forced));
@@ -197,9 +223,9 @@ fn main() -> Result<()> {
                 .collect::<Result<Vec<_>>>()?;
             for &tokens in &tokens {
                 let first = Tensor::randn(0f32, 1., (tokens, hidden), device)?.to_dtype(dtype)?;
-                let times = time(&layers, &first, &ways)?;
+                let times = measure(&layers, &first, &ways)?;
                 let cells: Vec<String> =
-                    times.iter().map(|t| t.map_or("-".to_string(), |t| format!("{t:.1}"))).collect();
+                    times.iter().map(|t| t.map_or("-".to_string(), |t| format!("{t:.2}"))).collect();
                 let gain = times[0].zip(times[1]).map_or("-".to_string(), |(c, f)| format!("{:.2}", c / f));
                 println!("| {model} | {name} | {tokens} | {floor:.1} | {} | {gain} |", cells.join(" | "));
             }

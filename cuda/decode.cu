@@ -44,7 +44,9 @@ int current_device(const DeviceFacts **facts) {
     const int capability = major * 10 + minor;
     device.facts.compute_capability = compiled < capability ? compiled : capability;
     if (device.facts.compute_capability >= 80) {
-      const int status = prepare_decode_direct(device.facts);
+      int status = prepare_decode_direct(device.facts);
+      if (status == FUSED_MLP_OK)
+        status = prepare_decode_hopper(device.facts);
       if (status != FUSED_MLP_OK)
         return status;
     }
@@ -71,7 +73,9 @@ WorkspaceLayout layout_of(const FusedMlpArgs &args) {
   layout.hidden = round_up(sizeof(Counters), 256);
   layout.partial =
       round_up(layout.hidden + MAX_TOKENS * layout.hidden_stride * element_bytes(args.dtype), 256);
-  layout.bytes = layout.partial + sizeof(float) * decode_direct_partial_elements(args.output_size);
+  const unsigned long long direct = decode_direct_partial_elements(args.output_size),
+                           hopper = decode_hopper_partial_elements(args.output_size);
+  layout.bytes = layout.partial + sizeof(float) * (direct > hopper ? direct : hopper);
   return layout;
 }
 
@@ -99,7 +103,7 @@ bool aligned(const FusedMlpArgs &args) {
 int check(const FusedMlpArgs &args) {
   if (!known_sizes(args) || !args.x || !args.gate || !args.down || (args.gated && !args.up) || args.activation < 0 ||
       args.activation >= static_cast<int>(Activation::Count) || args.path < FUSED_MLP_PATH_AUTO ||
-      args.path > FUSED_MLP_PATH_DIRECT_PDL)
+      args.path > FUSED_MLP_PATH_HOPPER)
     return FUSED_MLP_BAD_ARGUMENT;
   return FUSED_MLP_OK;
 }
@@ -108,7 +112,13 @@ int check(const FusedMlpArgs &args) {
 int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path) {
   const bool can_direct = device.compute_capability >= 80 && aligned(args);
   const bool can_depend = can_direct && device.compute_capability >= 90;
-  const int best = can_depend   ? FUSED_MLP_PATH_DIRECT_PDL
+  // A tensor map has no rows that overlap.
+  const bool apart = (args.tokens <= 1 || args.x_stride >= args.hidden_size) && args.gate_stride >= args.hidden_size &&
+                     (!args.gated || args.up_stride >= args.hidden_size) && args.down_stride >= args.intermediate_size;
+  const bool can_hopper = can_depend && args.dtype != FUSED_MLP_F32 && apart &&
+                          can_decode_hopper(device, args.hidden_size, args.intermediate_size);
+  const int best = can_hopper   ? FUSED_MLP_PATH_HOPPER
+                   : can_depend ? FUSED_MLP_PATH_DIRECT_PDL
                    : can_direct ? FUSED_MLP_PATH_DIRECT
                                 : FUSED_MLP_PATH_PORTABLE;
   *path = args.path == FUSED_MLP_PATH_AUTO ? best : args.path;
@@ -181,6 +191,8 @@ extern "C" int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream) {
     shape.tokens = args->tokens - token < MAX_TOKENS ? args->tokens - token : MAX_TOKENS;
     status = path == FUSED_MLP_PATH_PORTABLE
                  ? launch_decode_portable(shape, args->dtype, *device, stream)
+             : path == FUSED_MLP_PATH_HOPPER
+                 ? launch_decode_hopper(shape, args->dtype, *device, stream)
                  : launch_decode_direct(shape, args->dtype, *device, path == FUSED_MLP_PATH_DIRECT_PDL, stream);
     if (status != FUSED_MLP_OK)
       return status;

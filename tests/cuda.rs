@@ -11,11 +11,18 @@ use candle_fused_mlp::{Activation, FusedSwiGlu, GateUp};
 use candle_nn::Linear;
 use common::*;
 
-const DECODE: [Kernel; 3] = [Kernel::DecodeDependent, Kernel::Decode, Kernel::DecodePortable];
+const DECODE: [Kernel; 4] = [Kernel::DecodeHopper, Kernel::DecodeDependent, Kernel::Decode, Kernel::DecodePortable];
 
-/// The kernels that take this dtype, where all is aligned.
-fn kernels(dtype: DType) -> Vec<Kernel> {
-    let takes = |kernel: &Kernel| dtype != DType::F64 || !matches!(kernel, Kernel::DecodeDependent | Kernel::Decode);
+/// The kernels that take this dtype and these sizes, where all is aligned.
+fn kernels(dtype: DType, (hidden, intermediate): (usize, usize)) -> Vec<Kernel> {
+    let takes = |kernel: &Kernel| match kernel {
+        Kernel::DecodeHopper => matches!(dtype, DType::BF16 | DType::F16) && hidden % 64 == 0 && intermediate % 64 == 0,
+        Kernel::DecodeDependent | Kernel::Decode => {
+            let pieces = 16 / dtype.size_in_bytes();
+            dtype != DType::F64 && hidden % pieces == 0 && intermediate % pieces == 0
+        }
+        _ => true,
+    };
     Kernel::ALL.into_iter().filter(takes).collect()
 }
 
@@ -46,20 +53,22 @@ fn assert_near(found: &Tensor, exact: &Tensor, what: &str) -> Result<()> {
 fn every_kernel() -> Result<()> {
     let device = &Device::new_cuda(0)?;
     for dtype in DTYPES {
-        for kernel in kernels(dtype) {
-            for (i, &activation) in Activation::ALL.iter().enumerate() {
-                let random = &mut Random::new(i as u64);
-                let tokens = [1, 3, 8, 12, 20, 64, 100][i % 7];
-                let xs = random.normal(&[tokens, 72], 1., dtype, device)?;
-                let gate = random.linear((200, 72), i % 2 == 0, dtype, device)?;
-                let up = random.linear((200, 72), i % 3 == 0, dtype, device)?;
-                let down = random.linear((40, 200), i % 4 < 2, dtype, device)?;
-                let gate_up = GateUp::Separate { gate: gate.clone(), up };
-                let what = format!("{kernel} {activation} {tokens}");
-                let found = kernel.with(|| fused_mlp(&xs, &gate, &down, activation))?;
-                assert_near(&found, &exact_mlp(&xs, &gate, &down, activation)?, &what)?;
-                let found = kernel.with(|| fused_swiglu(&xs, &gate_up, &down, activation))?;
-                assert_near(&found, &exact_swiglu(&xs, &gate_up, &down, activation)?, &what)?;
+        for (hidden, intermediate) in [(72, 200), (128, 192)] {
+            for kernel in kernels(dtype, (hidden, intermediate)) {
+                for (i, &activation) in Activation::ALL.iter().enumerate() {
+                    let random = &mut Random::new(i as u64);
+                    let tokens = [1, 3, 8, 12, 20, 64, 100][i % 7];
+                    let xs = random.normal(&[tokens, hidden], 1., dtype, device)?;
+                    let gate = random.linear((intermediate, hidden), i % 2 == 0, dtype, device)?;
+                    let up = random.linear((intermediate, hidden), i % 3 == 0, dtype, device)?;
+                    let down = random.linear((40, intermediate), i % 4 < 2, dtype, device)?;
+                    let gate_up = GateUp::Separate { gate: gate.clone(), up };
+                    let what = format!("{kernel} {activation} {tokens}");
+                    let found = kernel.with(|| fused_mlp(&xs, &gate, &down, activation))?;
+                    assert_near(&found, &exact_mlp(&xs, &gate, &down, activation)?, &what)?;
+                    let found = kernel.with(|| fused_swiglu(&xs, &gate_up, &down, activation))?;
+                    assert_near(&found, &exact_swiglu(&xs, &gate_up, &down, activation)?, &what)?;
+                }
             }
         }
     }
@@ -75,10 +84,7 @@ fn rows_are_independent() -> Result<()> {
             let random = &mut Random::new(3);
             let module = gated(random, sizes, dtype, device)?;
             let xs = random.normal(&[64, sizes.0], 1., dtype, device)?;
-            for kernel in DECODE {
-                if !kernels(dtype).contains(&kernel) || (kernel != Kernel::DecodePortable && sizes.1 % 8 != 0) {
-                    continue;
-                }
+            for kernel in kernels(dtype, sizes).into_iter().filter(|k| DECODE.contains(k)) {
                 kernel.with(|| {
                     let all = values(&module.forward(&xs)?)?;
                     for _ in 0..10 {
@@ -109,7 +115,14 @@ fn two_streams_at_once() -> Result<()> {
         for (i, sizes) in sizes.into_iter().enumerate() {
             let dtype = [DType::BF16, DType::F32, DType::F16][i];
             let module = gated(random, sizes, dtype, &device)?;
-            for (tokens, kernel) in [(1, Kernel::DecodeDependent), (9, Kernel::Decode), (5, Kernel::DecodePortable)] {
+            let some = [
+                (1, Kernel::DecodeHopper),
+                (40, Kernel::DecodeHopper),
+                (1, Kernel::DecodeDependent),
+                (9, Kernel::Decode),
+                (5, Kernel::DecodePortable),
+            ];
+            for (tokens, kernel) in some.into_iter().filter(|(_, k)| kernels(dtype, sizes).contains(k)) {
                 let xs = random.normal(&[tokens, sizes.0], 1., dtype, &device)?;
                 let expected = kernel.with(|| module.forward(&xs))?;
                 assert_near(&expected, &exact(&module, &xs)?, &format!("{kernel}"))?;
@@ -157,6 +170,8 @@ fn graphs_replay() -> Result<()> {
     let device = &capturable()?;
     let stream = device.as_cuda_device()?.cuda_stream();
     for (dtype, kernel, tokens) in [
+        (DType::BF16, Kernel::DecodeHopper, 1),
+        (DType::F16, Kernel::DecodeHopper, 64),
         (DType::BF16, Kernel::DecodeDependent, 1),
         (DType::BF16, Kernel::Decode, 16),
         (DType::F32, Kernel::DecodeDependent, 5),

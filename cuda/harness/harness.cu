@@ -6,8 +6,9 @@
 //   harness stress N        N launches on two streams and two threads beside a foreign kernel, outputs compared
 //   harness held            launches while a foreign kernel holds 1, 60 or 131 multiprocessors
 //   harness select          a small selection for compute-sanitizer
+//   harness soak SECONDS    random shapes against f64, each run twice
 //   harness graph N         capture once, replay N times
-//   harness time            a cold stack of layers, on a stream and in a graph; the read bandwidth first
+//   harness time [DTYPE [TOKENS...]]   a cold stack of layers, on a stream and in a graph; the read bandwidth first
 //   harness host            the host's part of one call
 #include "activation.cuh"
 #include "fused_mlp.h"
@@ -324,7 +325,7 @@ void check_rows(Case c, unsigned seed) {
 }
 
 int run_check(bool quick) {
-  const int paths_all[] = {FUSED_MLP_PATH_AUTO, FUSED_MLP_PATH_PORTABLE, FUSED_MLP_PATH_DIRECT};
+  const int paths_all[] = {FUSED_MLP_PATH_AUTO, FUSED_MLP_PATH_PORTABLE, FUSED_MLP_PATH_DIRECT_PDL};
   unsigned seed = 1;
   struct Dims {
     int h, i, o;
@@ -422,7 +423,7 @@ int run_held() {
   cudaStream_t holder, stream;
   CUDA_OK(cudaStreamCreateWithFlags(&holder, cudaStreamNonBlocking));
   CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  for (int path : {FUSED_MLP_PATH_AUTO, FUSED_MLP_PATH_DIRECT, FUSED_MLP_PATH_PORTABLE})
+  for (int path : {FUSED_MLP_PATH_AUTO, FUSED_MLP_PATH_DIRECT_PDL, FUSED_MLP_PATH_DIRECT, FUSED_MLP_PATH_PORTABLE})
     for (int tokens : {1, 20, 64})
       for (int held : {1, 60, 131}) {
         Problem p({FUSED_MLP_BF16, 1, 1024, 2816, 1024, tokens, 6, 0.f, 7, 0, 0, path, false}, 31);
@@ -468,8 +469,32 @@ int run_select() {
     for (int t : {1, 9, 20, 64})
       for (int path : {FUSED_MLP_PATH_AUTO, FUSED_MLP_PATH_PORTABLE})
         check_case({dtype, int(seed & 1), 264, 600, 136, t, 6, 0.f, int(seed % 8), 0, 0, path, false}, seed++, false);
+  for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16})
+    for (int t : {1, 9, 20, 64})
+      check_case({dtype, dtype == FUSED_MLP_BF16, 256, 704, 136, t, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_HOPPER, false}, seed++,
+                 false);
   check_case({FUSED_MLP_BF16, 1, 33, 65, 129, 5, 6, 0.f, 7, 1, 1, 0, true}, seed++, false);
   std::printf("select: %d checks, %d failures\n", checks, failures);
+  return failures != 0;
+}
+
+int run_soak(int seconds) {
+  const auto start = std::chrono::steady_clock::now();
+  unsigned state = 2463534242u;
+  auto below = [&](unsigned n) {
+    state = state * 1664525u + 1013904223u;
+    return int((state >> 8) % n);
+  };
+  while (std::chrono::steady_clock::now() - start < std::chrono::seconds(seconds) && failures == 0) {
+    const int step = below(2) ? 64 : below(2) ? 8 : 1;
+    auto size = [&] { return (1 + below(below(8) ? 1024 / step + 1 : 4096 / step)) * step; };
+    // Sums that cancel make a relative bound meaningless at tiny sizes.
+    const Case c{below(4), below(2), std::max(16, size()), std::max(16, size()), 64 + below(2000),
+                 1 + below(below(2) ? 8 : 80), below(ACTIVATIONS), 0.3f, below(8), below(4) ? 0 : 8, 0,
+                 FUSED_MLP_PATH_AUTO, below(2) != 0};
+    check_case(c, state, true);
+  }
+  std::printf("soak: %d checks, %d failures\n", checks, failures);
   return failures != 0;
 }
 
@@ -729,23 +754,26 @@ const Model MODELS[] = {{"swiglu 8192x28672", 1, 8192, 28672, false}, {"swiglu 4
                         {"swiglu 576x1536", 1, 576, 1536, false},     {"mlp 4096x4096", 0, 4096, 4096, true},
                         {"mlp 1280x5120", 0, 1280, 5120, true},       {"mlp 768x3072", 0, 768, 3072, true}};
 
-int run_time() {
+// Of one dtype or all, with the tokens named or the usual ones.
+int run_time(const std::string &dtypes, std::vector<int> tokens) {
+  if (tokens.empty())
+    tokens = {1, 8, 16, 32, 64};
   cudaDeviceProp prop;
   CUDA_OK(cudaGetDeviceProperties(&prop, 0));
   std::printf("%s, %d multiprocessors, L2 %d MB\n", prop.name, prop.multiProcessorCount, prop.l2CacheSize >> 20);
   const double bandwidth = read_bandwidth();
-  std::printf("| MLP | dtype | tokens | floor us | stream us | graph us | stream/floor | graph/floor | no PDL, graph us |\n"
+  std::printf("| MLP | dtype | tokens | floor us | stream us | graph us | stream/floor | graph/floor | direct, graph us |\n"
               "|---|---|---|---|---|---|---|---|---|\n");
   for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16, FUSED_MLP_F32})
     for (const Model &m : MODELS) {
-      if (dtype == FUSED_MLP_F16 && m.hidden != 4096)
+      if (dtypes == "all" ? dtype == FUSED_MLP_F16 && m.hidden != 4096 : dtypes != DTYPE_NAMES[dtype])
         continue;
       Stack stack(dtype, m.gated, m.hidden, m.intermediate, m.biases, prop.l2CacheSize);
       const double floor_us = stack.weight_bytes / bandwidth * 1e6;
-      for (int tokens : {1, 8, 16, 32, 64}) {
-        const double s = stack.time(tokens, 0, false, floor_us), g = stack.time(tokens, 0, true, floor_us);
-        const double n = stack.time(tokens, FUSED_MLP_PATH_DIRECT, true, floor_us);
-        std::printf("| %s | %s | %d | %.2f | %.2f | %.2f | %.3f | %.3f | %.2f |\n", m.name, DTYPE_NAMES[dtype], tokens,
+      for (int t : tokens) {
+        const double s = stack.time(t, 0, false, floor_us), g = stack.time(t, 0, true, floor_us);
+        const double n = stack.time(t, FUSED_MLP_PATH_DIRECT_PDL, true, floor_us);
+        std::printf("| %s | %s | %d | %.2f | %.2f | %.2f | %.3f | %.3f | %.2f |\n", m.name, DTYPE_NAMES[dtype], t,
                     floor_us, s, g, s / floor_us, g / floor_us, n);
         std::fflush(stdout);
       }
@@ -783,12 +811,18 @@ int main(int argc, char **argv) {
     return run_held();
   if (mode == "select")
     return run_select();
+  if (mode == "soak")
+    return run_soak(argc > 2 ? std::atoi(argv[2]) : 60);
   if (mode == "graph")
     return run_graph(argc > 2 ? std::atoi(argv[2]) : 10000);
-  if (mode == "time")
-    return run_time();
+  if (mode == "time") {
+    std::vector<int> tokens;
+    for (int i = 3; i < argc; ++i)
+      tokens.push_back(std::atoi(argv[i]));
+    return run_time(argc > 2 ? argv[2] : "all", tokens);
+  }
   if (mode == "host")
     return run_host();
-  std::printf("usage: harness check [quick] | stress N | held | select | graph N | time | host\n");
+  std::printf("usage: harness check [quick] | stress N | held | select | soak SECONDS | graph N | time [DTYPE [TOKENS...]] | host\n");
   return 1;
 }

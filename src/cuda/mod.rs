@@ -30,7 +30,10 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kernel {
-    /// Both layers in one launch that overlaps with the ones before and after it; from sm_90 on.
+    /// Both layers in one launch, weights by tensor copies to warpgroup products; on sm_90, for bf16 and f16 where all rows
+    /// lie on 16 bytes and both sizes are multiples of 64.
+    DecodeHopper,
+    /// As [`Decode`](Self::Decode), in a launch that overlaps with the ones before and after it; from sm_90 on.
     DecodeDependent,
     /// Both layers in one launch, weights from memory straight into registers; from sm_80 on, where all rows lie on 16
     /// bytes, not for f64.
@@ -47,11 +50,13 @@ thread_local! {
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Self; 4] = [Self::DecodeDependent, Self::Decode, Self::DecodePortable, Self::Matmul];
+    pub const ALL: [Self; 5] =
+        [Self::DecodeHopper, Self::DecodeDependent, Self::Decode, Self::DecodePortable, Self::Matmul];
 
     /// The name, as in a plan.
     pub fn name(self) -> &'static str {
         match self {
+            Self::DecodeHopper => "decode-hopper",
             Self::DecodeDependent => "decode-dependent",
             Self::Decode => "decode",
             Self::DecodePortable => "decode-portable",
@@ -79,6 +84,7 @@ impl Kernel {
     /// The path of the C interface, for a decode kernel.
     fn path(self) -> i32 {
         match self {
+            Self::DecodeHopper => ffi::PATH_HOPPER,
             Self::DecodeDependent => ffi::PATH_DIRECT_DEPENDENT,
             Self::Decode => ffi::PATH_DIRECT,
             Self::DecodePortable => ffi::PATH_PORTABLE,
@@ -126,6 +132,7 @@ fn choose(facts: &Facts) -> Kernel {
         (_, 256..) => 1,
     };
     match path {
+        ffi::PATH_HOPPER if tokens <= 64 => Kernel::DecodeHopper,
         ffi::PATH_DIRECT_DEPENDENT if tokens <= most_tokens => Kernel::DecodeDependent,
         ffi::PATH_DIRECT if tokens <= most_tokens => Kernel::Decode,
         _ => Kernel::Matmul,

@@ -1,0 +1,180 @@
+// Hopper's own instructions: barriers in shared memory, tensor copies, warpgroup products; and, for the host, the
+// tensor maps that the copies read. Device code exists for sm_90a only.
+//
+// A tile in shared memory is rows of 128 bytes whose eight pieces of 16 bytes are swizzled by the row's number (the
+// tensor copy's 128-byte swizzle): what a warpgroup's product reads as a matrix with its depth contiguous. Tiles start on 1024
+// bytes.
+#pragma once
+#include "element.cuh"
+#include "fused_mlp.h"
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+namespace fused_mlp {
+
+constexpr int SWIZZLE_BYTES = 128; // of one row of a tile
+constexpr int SWIZZLE_ALIGN = 1024;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FUSED_MLP_HOPPER 1
+#endif
+
+#ifdef FUSED_MLP_HOPPER
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Barriers. Addresses are of shared memory, as `shared_address` gives them.
+
+__device__ __forceinline__ void barrier_init(unsigned barrier, unsigned arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// Makes initialised barriers known to the copies' unit (and, within a cluster, to its other blocks).
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive(unsigned barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Announces bytes that copies will bring, without arriving.
+__device__ __forceinline__ void barrier_expect(unsigned barrier, unsigned bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_expect(unsigned barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Returns when the phase of this parity is over.
+__device__ __forceinline__ void barrier_wait(unsigned barrier, unsigned parity) {
+  asm volatile("{\n"
+               ".reg .pred done;\n"
+               "again:\n"
+               "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+               "@done bra.uni over;\n"
+               "bra.uni again;\n"
+               "over:\n"
+               "}\n" ::"r"(barrier),
+               "r"(parity)
+               : "memory");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensor copies
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// A box of the matrix, from `row` and `chunk` on, to shared memory; zeros outside the matrix. The barrier gets the box's
+// bytes.
+__device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap *map, int row, int chunk, unsigned barrier,
+                                         unsigned long long policy) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+               "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+               "l"(map), "r"(0), "r"(row), "r"(chunk), "r"(barrier), "l"(policy)
+               : "memory");
+}
+// The same as far as L2: nothing that this kernel reads before it has to, should another kernel be writing it.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap *map, int row, int chunk) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(0), "r"(row), "r"(chunk)
+               : "memory");
+}
+// Between ordinary stores and copies of the same memory, in either order.
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Warpgroup products: d (64 x N, f32) = a (64 x 16) b (N x 16)^T, plus what d was if `accumulate` is not 0; both tiles in
+// shared memory.
+//
+// Thread t of the warpgroup holds rows 16 (t / 32) + t % 32 / 4 (+ 8) and columns 8 j + 2 (t % 4) (+ 1):
+// d[4 j + 2 i + e] is row + 8 i, column + e.
+
+// What a product needs to know of a tile: where it starts, and how far apart its groups of eight rows are; 16 elements
+// further are 32 bytes further.
+__device__ __forceinline__ unsigned long long tile_descriptor(unsigned address, unsigned group_bytes) {
+  constexpr unsigned long long SWIZZLE_128 = 1ull << 62;
+  return SWIZZLE_128 | static_cast<unsigned long long>(group_bytes >> 4) << 32 | 1ull << 16 | (address & 0x3ffff) >> 4;
+}
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// Keeps the compiler from moving reads and writes of the sums across a wait.
+template <int COUNT> __device__ __forceinline__ void pin(float (&d)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i)
+    asm volatile("" : "+f"(d[i])::"memory");
+}
+
+template <typename T, int N> struct WarpgroupProduct;
+
+#define FUSED_MLP_TEN(tens)                                                                                            \
+  "%" #tens "0,%" #tens "1,%" #tens "2,%" #tens "3,%" #tens "4,%" #tens "5,%" #tens "6,%" #tens "7,%" #tens            \
+  "8,%" #tens "9,"
+#define FUSED_MLP_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FUSED_MLP_F8(i) FUSED_MLP_F4(i), FUSED_MLP_F4(i + 4)
+#define FUSED_MLP_F16(i) FUSED_MLP_F8(i), FUSED_MLP_F8(i + 8)
+#define FUSED_MLP_F32(i) FUSED_MLP_F16(i), FUSED_MLP_F16(i + 16)
+#define FUSED_MLP_PRODUCT(T, NAME, N, LIST, A, B, FLAG, ...)                                                                 \
+  template <> struct WarpgroupProduct<T, N> {                                                                          \
+    static __device__ __forceinline__ void add(float (&d)[N / 2], unsigned long long a, unsigned long long b,          \
+                                               int accumulate) {                                                       \
+      asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " FLAG ", 0;\n"                               \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" LIST "}, " A ", " B           \
+                   ", accumulate, 1, 1, 0, 0;\n}\n"                                                                   \
+                   : __VA_ARGS__                                                                                       \
+                   : "l"(a), "l"(b), "r"(accumulate));                                                                 \
+    }                                                                                                                  \
+  };
+#define FUSED_MLP_PRODUCTS(T, NAME)                                                                                    \
+  FUSED_MLP_PRODUCT(T, NAME, 8, "%0,%1,%2,%3", "%4", "%5", "%6", FUSED_MLP_F4(0))                                            \
+  FUSED_MLP_PRODUCT(T, NAME, 16, "%0,%1,%2,%3,%4,%5,%6,%7", "%8", "%9", "%10", FUSED_MLP_F8(0))                               \
+  FUSED_MLP_PRODUCT(T, NAME, 32, FUSED_MLP_TEN() "%10,%11,%12,%13,%14,%15", "%16", "%17", "%18", FUSED_MLP_F16(0))            \
+  FUSED_MLP_PRODUCT(T, NAME, 64, FUSED_MLP_TEN() FUSED_MLP_TEN(1) FUSED_MLP_TEN(2) "%30,%31", "%32", "%33", "%34",            \
+                    FUSED_MLP_F32(0))
+FUSED_MLP_PRODUCTS(__nv_bfloat16, "bf16")
+FUSED_MLP_PRODUCTS(__half, "f16")
+#undef FUSED_MLP_PRODUCTS
+#undef FUSED_MLP_PRODUCT
+#undef FUSED_MLP_F32
+#undef FUSED_MLP_F16
+#undef FUSED_MLP_F8
+#undef FUSED_MLP_F4
+#undef FUSED_MLP_TEN
+
+#endif // FUSED_MLP_HOPPER
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensor maps, made on the host
+
+// The driver's function that makes tensor maps, looked up once; null on a driver that has none.
+inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  static const PFN_cuTensorMapEncodeTiled_v12000 encoder = [] {
+    void *found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found)
+               : nullptr;
+  }();
+  return encoder;
+}
+
+// Describes a matrix of 16-bit elements whose rows are `stride` elements apart as chunks of 64 columns (128 bytes,
+// swizzled), to be copied in boxes of `box_chunks` chunks of `box_rows` rows. The columns are a multiple of 64.
+inline int encode_tensor_map(CUtensorMap *map, int dtype, const void *matrix, long long rows, long long columns,
+                             long long stride, int box_rows, int box_chunks) {
+  const PFN_cuTensorMapEncodeTiled_v12000 encode = tensor_map_encoder();
+  if (!encode)
+    return FUSED_MLP_UNSUPPORTED;
+  constexpr int CHUNK = SWIZZLE_BYTES / 2;
+  const cuuint64_t sizes[3] = {CHUNK, static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(columns / CHUNK)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(stride) * 2, SWIZZLE_BYTES};
+  const cuuint32_t box[3] = {CHUNK, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_chunks)};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  const CUresult result =
+      encode(map, dtype == FUSED_MLP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
+             const_cast<void *>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? FUSED_MLP_OK : FUSED_MLP_UNSUPPORTED;
+}
+
+} // namespace fused_mlp
