@@ -319,9 +319,9 @@ mod tiers {
     compiled!(Widened<Avx512, f32>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), rows: 3);
     compiled!(Widened<Avx512, f16>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), rows: 3);
     compiled!(Widened<Avx512, bf16>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), rows: 3);
-    compiled!(Widened<Avx2, f32>, ["avx2", "fma", "f16c"], panel: (4, 3), rows: 1);
-    compiled!(Widened<Avx2, f16>, ["avx2", "fma", "f16c"], panel: (4, 3), rows: 1);
-    compiled!(Widened<Avx2, bf16>, ["avx2", "fma", "f16c"], panel: (4, 3), rows: 1);
+    compiled!(Widened<Avx2, f32>, ["avx2", "fma", "f16c"], panel: (6, 2), rows: 1);
+    compiled!(Widened<Avx2, f16>, ["avx2", "fma", "f16c"], panel: (6, 2), rows: 1);
+    compiled!(Widened<Avx2, bf16>, ["avx2", "fma", "f16c"], panel: (6, 2), rows: 1);
 }
 
 compiled!(Plain<f32>, [], panel: (4, 1), rows: 1);
