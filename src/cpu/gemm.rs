@@ -361,7 +361,7 @@ impl<E> Ahead<E> {
         let lines = self.share.min(self.left);
         self.left -= lines;
         for _ in 0..lines {
-            K::prefetch_far(self.row.wrapping_add(self.col));
+            K::prefetch(self.row.wrapping_add(self.col));
             self.col += LINE / size_of::<E>();
             if self.col >= self.cols {
                 (self.col, self.row) = (0, self.row.wrapping_add(self.row_stride));
