@@ -1,6 +1,6 @@
 //! AVX2 with FMA and F16C: eight f32 lanes.
 
-use super::kernel::Lanes32;
+use super::kernel::{Lanes32, TOTALS};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -41,6 +41,14 @@ unsafe impl Lanes32 for Avx2 {
         let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
         let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+    }
+    #[inline(always)]
+    unsafe fn totals(v: &[__m256; TOTALS]) -> [f32; TOTALS] {
+        // Each sum of four neighbours, then the two halves.
+        let fours = |i: usize| _mm256_hadd_ps(_mm256_hadd_ps(v[i], v[i + 1]), _mm256_hadd_ps(v[i + 2], v[i + 3]));
+        let (a, b) = (fours(0), fours(4));
+        let sums = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+        std::mem::transmute::<__m256, [f32; TOTALS]>(sums)
     }
     #[inline(always)]
     unsafe fn transpose(rows: &mut [__m256]) {

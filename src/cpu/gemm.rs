@@ -214,9 +214,11 @@ impl<'a, K: Kernel> Gemm<'a, K> {
         for d in blocks(depth) {
             for (projection, sums) in std::iter::once((gate, gate_sums)).chain(up.iter().map(|up| (up, up_sums))) {
                 let weight = &projection.weight;
-                let ahead = if d.end < depth { (rows.start, d.end * K::DEPTH) } else { (self.later(&rows), 0) };
-                pack::<K, N>(weight, &rows, 0, &d, weights, ahead);
+                let (row, col) = if d.end < depth { (rows.start, d.end * K::DEPTH) } else { (self.later(&rows), 0) };
+                let mut ahead = Ahead::new::<K>(weight, self.panel, row, col, token_panels);
+                pack::<K, N>(weight, &rows, 0, &d, weights);
                 for p in 0..token_panels {
+                    ahead.prefetch::<K>();
                     let x = self.xs.as_mut_ptr().add((p * depth + d.start) * M);
                     multiply::<K, M, N>(d.len(), x, weights, sums.add(p * M * self.panel), d.start == 0);
                 }
@@ -270,9 +272,11 @@ impl<'a, K: Kernel> Gemm<'a, K> {
 
         for d in blocks(depth) {
             let next = block.start + d.end * K::DEPTH;
-            let ahead = if d.end < depth { (rows.start, next) } else { (self.later(&rows), block.start) };
-            pack::<K, N>(&down.weight, &rows, block.start, &d, weights, ahead);
+            let (row, col) = if d.end < depth { (rows.start, next) } else { (self.later(&rows), block.start) };
+            let mut ahead = Ahead::new::<K>(&down.weight, self.panel, row, col, token_panels);
+            pack::<K, N>(&down.weight, &rows, block.start, &d, weights);
             for p in 0..token_panels {
+                ahead.prefetch::<K>();
                 let x = self.hidden.as_mut_ptr().add((p * depth + d.start) * M);
                 let fresh = block.start == 0 && d.start == 0;
                 multiply::<K, M, N>(d.len(), x, weights, sums.add(p * M * self.panel), fresh);
@@ -326,9 +330,51 @@ fn operand_at<K: Kernel>(matrix: &Matrix<K::Element>, row: usize, d: usize) -> K
     K::operand([element(d * K::DEPTH), element(d * K::DEPTH + 1)])
 }
 
+/// The weights that are packed next: they come from memory while the products run, a share beside each panel of tokens.
+/// (All at once they would hold up the loads of what is packed now.)
+struct Ahead<E> {
+    /// The start of the row that is asked for now, and the stride to the next.
+    row: *const E,
+    row_stride: usize,
+    /// The element of the row that is asked for next, and where a row ends.
+    col: usize,
+    cols: usize,
+    /// Cache lines to ask for, and those of one share.
+    left: usize,
+    share: usize,
+}
+
+impl<E> Ahead<E> {
+    /// `DEPTH_BLOCK` operands of `rows` rows, from this row and column on, in `shares`.
+    #[inline(always)]
+    fn new<K: Kernel<Element = E>>(matrix: &Matrix<E>, rows: usize, row: usize, col: usize, shares: usize) -> Self {
+        let cols = DEPTH_BLOCK * K::DEPTH;
+        // Rows that are not contiguous cost more lines than this; they are left to the processor.
+        let left = if matrix.col_stride == 1 { rows * (cols * size_of::<E>()).div_ceil(LINE) } else { 0 };
+        let row = matrix.as_ptr().wrapping_add(row * matrix.row_stride + col);
+        Self { row, row_stride: matrix.row_stride, col: 0, cols, left, share: left.div_ceil(shares.max(1)) }
+    }
+
+    /// Asks for the next share.
+    #[inline(always)]
+    fn prefetch<K: Kernel<Element = E>>(&mut self) {
+        let lines = self.share.min(self.left);
+        self.left -= lines;
+        for _ in 0..lines {
+            K::prefetch(self.row.wrapping_add(self.col));
+            self.col += LINE / size_of::<E>();
+            if self.col >= self.cols {
+                (self.col, self.row) = (0, self.row.wrapping_add(self.row_stride));
+            }
+        }
+    }
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// Transposes the operands `depth` (counted from column `first_col` on) of up to `N * LANES` rows into
-/// `[depth, N * LANES]`, the rows that are missing as zeros. `ahead` is the row and column of what is packed next, which
-/// is prefetched: it comes from memory while the products run.
+/// `[depth, N * LANES]`, the rows that are missing as zeros.
 #[inline(always)]
 unsafe fn pack<K: Kernel, const N: usize>(
     matrix: &Matrix<K::Element>,
@@ -336,7 +382,6 @@ unsafe fn pack<K: Kernel, const N: usize>(
     first_col: usize,
     depth: &Range<usize>,
     to: *mut K::Operand,
-    (ahead_row, ahead_col): (usize, usize),
 ) {
     let Matrix { cols, row_stride, col_stride, .. } = *matrix;
     let panel = N * K::LANES;
@@ -350,11 +395,9 @@ unsafe fn pack<K: Kernel, const N: usize>(
                 let col = first_col + d * K::DEPTH;
                 let from = matrix.as_ptr().add(row * row_stride + col);
                 let to = to.add((d - depth.start) * panel);
-                let ahead = (ahead_row + n * K::LANES) * row_stride + ahead_col + (d - depth.start) * K::DEPTH;
                 let mut lanes = [zero; MAX_LANES];
                 if valid == K::LANES && d + K::LANES <= depth.end && col + K::LANES * K::DEPTH <= cols {
                     for r in 0..K::LANES {
-                        K::prefetch_far(matrix.as_ptr().wrapping_add(ahead + r * row_stride));
                         lanes[r] = K::elements(from.add(r * row_stride));
                     }
                     K::transpose(&mut lanes[..K::LANES]);

@@ -37,6 +37,14 @@ pub(crate) unsafe trait Kernel {
     unsafe fn add(a: Self::Sums, b: Self::Sums) -> Self::Sums;
     /// The sum over the lanes, always in the same order.
     unsafe fn total(sums: Self::Sums) -> Sum<Self>;
+    /// The [`total`](Self::total) of each.
+    #[inline(always)]
+    unsafe fn totals(sums: &[Self::Sums; TOTALS]) -> [Sum<Self>; TOTALS]
+    where
+        Self: Sized,
+    {
+        sums.map(|sums| Self::total(sums))
+    }
     /// The `LANES * DEPTH` elements from `from` on.
     unsafe fn elements(from: *const Self::Element) -> Self::Vector;
     /// The `LANES` operands from `from` on.
@@ -60,25 +68,13 @@ pub(crate) unsafe trait Kernel {
         Self::elements(buffer.as_ptr())
     }
 
-    /// Asks for the cache line at `at` to be brought into the first cache; any address will do.
+    /// Asks for the cache line at `at` to be brought into the caches; any address will do.
     #[inline(always)]
     fn prefetch(at: *const Self::Element) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a prefetch of any address is no access; SSE is part of x86-64.
         unsafe {
             std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast())
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = at;
-    }
-
-    /// Asks for the cache line at `at` to be brought into the second cache; any address will do.
-    #[inline(always)]
-    fn prefetch_far(at: *const Self::Element) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast())
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = at;
@@ -94,6 +90,9 @@ pub(crate) unsafe fn elements_of<K: Kernel>(from: *const K::Element, left: usize
         K::elements_up_to(from, left)
     }
 }
+
+/// How many vectors of sums a kernel totals at a time.
+pub(crate) const TOTALS: usize = 8;
 
 /// The type that a kernel sums in.
 pub(crate) type Sum<K> = <<K as Kernel>::Element as Element>::Sum;
@@ -116,6 +115,10 @@ pub(crate) unsafe trait Lanes32 {
     unsafe fn multiply_add(sums: Self::V, a: Self::V, b: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn total(v: Self::V) -> f32;
+    #[inline(always)]
+    unsafe fn totals(v: &[Self::V; TOTALS]) -> [f32; TOTALS] {
+        v.map(|v| Self::total(v))
+    }
     unsafe fn transpose(rows: &mut [Self::V]);
     unsafe fn load_f16(from: *const half::f16) -> Self::V;
     unsafe fn load_bf16(from: *const half::bf16) -> Self::V;
@@ -160,6 +163,10 @@ macro_rules! widened {
             #[inline(always)]
             unsafe fn total(sums: L::V) -> f32 {
                 L::total(sums)
+            }
+            #[inline(always)]
+            unsafe fn totals(sums: &[L::V; TOTALS]) -> [f32; TOTALS] {
+                L::totals(sums)
             }
             #[inline(always)]
             unsafe fn elements(from: *const $element) -> L::V {

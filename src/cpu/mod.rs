@@ -282,9 +282,10 @@ unsafe trait Compiled: Kernel + Sized {
 }
 
 /// Names, for a kernel: the instructions it is compiled for, its panel (tokens, vectors), and the rows of its
-/// dot products. They are as many as the registers hold.
+/// dot products (of 2 to 4 tokens, of more, and whether these are taken in halves). They are as many as the registers
+/// hold, less one or two where the compiler would otherwise keep a sum in memory.
 macro_rules! compiled {
-    ($kernel:ty, [$($feature:literal),*], panel: ($m:literal, $n:literal), rows: $r:literal) => {
+    ($kernel:ty, [$($feature:literal),*], panel: ($m:literal, $n:literal), rows: ($f:literal, $r:literal, $halve:literal)) => {
         // SAFETY: the code is compiled for just the features named, which are its tier's.
         unsafe impl Compiled for $kernel {
             const PANEL: (usize, usize) = ($m, $n);
@@ -292,7 +293,7 @@ macro_rules! compiled {
             unsafe fn decode(job: &Decode<Self>, schedule: &Schedule) {
                 $(#[target_feature(enable = $feature)])*
                 unsafe fn inner(job: &Decode<$kernel>, schedule: &Schedule) {
-                    job.work::<$r>(schedule)
+                    job.work::<$f, $r, $halve>(schedule)
                 }
                 inner(job, schedule)
             }
@@ -315,19 +316,19 @@ mod tiers {
     use super::avx512::{Avx512, Avx512Bf16};
     use super::*;
 
-    compiled!(Avx512Bf16, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma", "f16c"], panel: (8, 3), rows: 3);
-    compiled!(Widened<Avx512, f32>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), rows: 3);
-    compiled!(Widened<Avx512, f16>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), rows: 3);
-    compiled!(Widened<Avx512, bf16>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), rows: 3);
-    compiled!(Widened<Avx2, f32>, ["avx2", "fma", "f16c"], panel: (4, 3), rows: 1);
-    compiled!(Widened<Avx2, f16>, ["avx2", "fma", "f16c"], panel: (4, 3), rows: 1);
-    compiled!(Widened<Avx2, bf16>, ["avx2", "fma", "f16c"], panel: (4, 3), rows: 1);
+    compiled!(Avx512Bf16, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma", "f16c"], panel: (8, 3), rows: (1, 3, false));
+    compiled!(Widened<Avx512, f32>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), rows: (1, 3, false));
+    compiled!(Widened<Avx512, f16>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), rows: (1, 3, false));
+    compiled!(Widened<Avx512, bf16>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), rows: (1, 3, false));
+    compiled!(Widened<Avx2, f32>, ["avx2", "fma", "f16c"], panel: (6, 2), rows: (3, 2, true));
+    compiled!(Widened<Avx2, f16>, ["avx2", "fma", "f16c"], panel: (6, 2), rows: (2, 2, true));
+    compiled!(Widened<Avx2, bf16>, ["avx2", "fma", "f16c"], panel: (6, 2), rows: (2, 2, true));
 }
 
-compiled!(Plain<f32>, [], panel: (4, 1), rows: 1);
-compiled!(Plain<f16>, [], panel: (4, 1), rows: 1);
-compiled!(Plain<bf16>, [], panel: (4, 1), rows: 1);
-compiled!(Plain<f64>, [], panel: (4, 1), rows: 1);
+compiled!(Plain<f32>, [], panel: (4, 1), rows: (1, 1, false));
+compiled!(Plain<f16>, [], panel: (4, 1), rows: (1, 1, false));
+compiled!(Plain<bf16>, [], panel: (4, 1), rows: (1, 1, false));
+compiled!(Plain<f64>, [], panel: (4, 1), rows: (1, 1, false));
 
 /// Runs a problem on a kernel.
 ///
