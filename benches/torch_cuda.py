@@ -140,7 +140,7 @@ def numbers(text):
 def main():
     parser = argparse.ArgumentParser(description="Times MLPs by PyTorch on a CUDA GPU, as rows of docs/data/cuda.csv.")
     parser.add_argument("--tokens", required=True, type=numbers, help="numbers of tokens, as 1,8,64")
-    parser.add_argument("--shapes", default=list(SHAPES), type=listed(SHAPES), help="as swiglu-4096x14336,mlp-768x3072; all by default")
+    parser.add_argument("--shapes", default=list(SHAPES), type=listed(SHAPES), help="as swiglu-576x1536,mlp-768x3072")
     parser.add_argument("--compile", default=[], type=listed(SHAPES), help="shapes to time with torch.compile as well")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     parser.add_argument("--eager", action="store_true", help="time eager code in a host loop as well")
