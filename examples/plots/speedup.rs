@@ -81,9 +81,9 @@ pub fn draw(file: &Path, measurements: &Measurements, tokens: &[usize]) -> Resul
                 .draw_series(speedups.clone().map(|(x, y)| Rectangle::new([(x, 0.), (x + width * 0.92, y)], colour)))?
                 .label(if *tokens == 1 { "1 token".to_string() } else { format!("{tokens} tokens") })
                 .legend(move |(x, y)| Rectangle::new([(x, y - 6), (x + 16, y + 6)], colour));
-            chart.draw_series(
-                speedups.map(|(x, y)| Text::new(format!("{y:.2}"), (x + width * 0.46, y), small(11, VPos::Bottom))),
-            )?;
+            chart.draw_series(speedups.map(|(x, y)| {
+                Text::new(format!("{y:.2}"), (x + width * 0.46, y + 0.01 * highest), small(11, VPos::Bottom))
+            }))?;
         }
         let even = BLACK.stroke_width(1);
         chart.draw_series([PathElement::new([(0., 1.), (groups.len() as f64, 1.)], even)])?;
