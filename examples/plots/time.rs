@@ -14,7 +14,7 @@ pub fn draw(file: &Path, measurements: &Measurements, (hidden, intermediate): (u
     let shape = Shape { op: Op::Swiglu, hidden, intermediate };
     let lines: Vec<_> = [
         (Way::Candle, "candle's ops", RGBColor(230, 130, 20)),
-        (Way::TorchGraph, "PyTorch, CUDA graph", RGBColor(120, 120, 120)),
+        (Way::TorchGraph, "PyTorch, CUDA graph", RGBColor(60, 150, 80)),
         (Way::TorchCompile, "PyTorch, torch.compile", RGBColor(150, 90, 180)),
         (Way::Fused, "candle-fused-mlp", RGBColor(20, 90, 190)),
     ]
