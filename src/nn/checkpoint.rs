@@ -114,6 +114,9 @@ namings! {
     /// `fc12` (gate), `fc11` (up), `fc2`: Nomic BERT (SiLU).
     NOMIC_BERT = separate("fc12", "fc11"), "fc2", [IfPresent, IfPresent];
 
+    /// `ffn_gate`, `ffn_up`, `ffn_down`: most models in GGUF files, dequantized (SiLU, in Gemma tanh GELU).
+    GGUF = separate("ffn_gate", "ffn_up"), "ffn_down", [IfPresent, IfPresent];
+
     // Gated, gate and up packed into one.
 
     /// `gate_up_proj` (gate first), `down_proj`: Phi-3, GLM-4 in transformers' format (SiLU).
@@ -125,8 +128,8 @@ namings! {
     CHATGLM = packed("dense_h_to_4h", PackedOrder::GateUp), "dense_4h_to_h", [IfPresent, IfPresent];
     /// `input_linear` (gate first), `output_linear`: `shared_mlp` of Granite's hybrid models (SiLU).
     GRANITE_HYBRID = packed("input_linear", PackedOrder::GateUp), "output_linear", [IfPresent, IfPresent];
-    /// `fc1` (gate first), `fc2`: Based (SiLU). Told from [`Naming::FC1_FC2`] by its shape.
-    BASED = packed("fc1", PackedOrder::GateUp), "fc2", [IfPresent, IfPresent];
+    /// `fc1` (up first), `fc2`: Based (SiLU). Told from [`Naming::FC1_FC2`] by its shape.
+    BASED = packed("fc1", PackedOrder::UpGate), "fc2", [IfPresent, IfPresent];
     /// `Wi` (gate first), `Wo`: ModernBERT (GELU).
     MODERN_BERT = packed("Wi", PackedOrder::GateUp), "Wo", [IfPresent, IfPresent];
     /// `gated_layers` (gate first), `wo` with a bias: Jina BERT v2 (GELU); residual and norm are the model's.
@@ -138,6 +141,9 @@ namings! {
     DIFFUSERS = packed("net.0.proj", PackedOrder::UpGate), "net.2", [IfPresent, IfPresent];
     /// `net.0` (up first), `net.2`: NV-Embed's latent attention (tanh GELU).
     NV_EMBED = packed("net.0", PackedOrder::UpGate), "net.2", [IfPresent, IfPresent];
+    /// `ffn_up` (gate first), `ffn_down`: Phi-3 and GLM-4 in GGUF files, dequantized (SiLU). Told from
+    /// [`Naming::GGUF_PLAIN`] by its shape.
+    GGUF_PACKED = packed("ffn_up", PackedOrder::GateUp), "ffn_down", [IfPresent, IfPresent];
 
     // Plain.
 
@@ -168,12 +174,16 @@ namings! {
     SEQUENTIAL = plain("0"), "2", [IfPresent, IfPresent];
     /// `linear_1`, `linear_2`: multimodal projectors, of LLaVA and Pixtral in transformers' format (GELU).
     PROJECTOR = plain("linear_1"), "linear_2", [IfPresent, IfPresent];
+    /// `in_layer`, `out_layer`: FLUX's embedders of time, guidance and pooled text (SiLU).
+    FLUX_EMBEDDER = plain("in_layer"), "out_layer", [IfPresent, IfPresent];
     /// `ffw_layer_1`, `ffw_layer_2`: Gemma's audio model (SiLU); clamp, norm and scale are the model's.
     GEMMA_AUDIO = plain("ffw_layer_1"), "ffw_layer_2", [IfPresent, IfPresent];
     /// `key`, `value`: `feed_forward` of RWKV (squared ReLU); token shift and receptance are the model's.
     RWKV = plain("key"), "value", [IfPresent, IfPresent];
     /// `net.0.proj`, `net.2`: diffusers' feed-forward without a gate (GELU in either form).
     DIFFUSERS_PLAIN = plain("net.0.proj"), "net.2", [IfPresent, IfPresent];
+    /// `ffn_up`, `ffn_down` and no `ffn_gate`: Phi-2, Falcon, GPT-2 and others in GGUF files, dequantized (tanh GELU).
+    GGUF_PLAIN = plain("ffn_up"), "ffn_down", [IfPresent, IfPresent];
 }
 
 /// An MLP's sizes.
