@@ -140,7 +140,7 @@ struct Ring {
 __device__ __forceinline__ void copy_weights(const Ring &ring, unsigned to, const LayerPlan &layer, const CUtensorMap *map,
                                              int row, int groups, int chunk, unsigned long long policy) {
   for (int g = 0; g < groups; ++g)
-    copy_box(to + g * layer.group_distance, map, row + g * GROUP, chunk, ring.barrier(), policy);
+    copy_chunks(to + g * layer.group_distance, map, row + g * GROUP, chunk, ring.barrier(), policy);
 }
 
 template <int NT>
@@ -170,7 +170,7 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
         stage.end = min((group + groups) * GROUP, first.rows);
         const int matrices = shape.gated ? 2 : 1;
               barrier_arrive_expect(ring.barrier(), first_token_bytes + matrices * groups * first.group_distance);
-        copy_box(ring.at(), &maps.x, 0, chunk, ring.barrier(), tokens_policy);
+        copy_chunks(ring.at(), &maps.x, 0, chunk, ring.barrier(), tokens_policy);
         const unsigned to = ring.at() + first_token_bytes;
         copy_weights(ring, to, first, &maps.gate, group * GROUP, groups, chunk, weights_policy);
         if (shape.gated)
@@ -191,9 +191,9 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
   const int own_end = has_slice ? part_begin(first, blockIdx.x + 1) : 0;
   for (int s = 0; s < plan.prefetched_stages; ++s)
     for (int g = own_begin; g < min(own_end, own_begin + first.pass_groups); ++g) {
-      prefetch_box(&maps.gate, g * GROUP, s * first.stage_chunks);
+      prefetch_chunks(&maps.gate, g * GROUP, s * first.stage_chunks);
       if (shape.gated)
-        prefetch_box(&maps.up, g * GROUP, s * first.stage_chunks);
+        prefetch_chunks(&maps.up, g * GROUP, s * first.stage_chunks);
     }
   wait_for_previous_kernel();
   release_next_kernel();
@@ -230,7 +230,7 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
     stage.begin = at.group * GROUP;
     stage.end = min((at.group + groups_of(at)) * GROUP, second.rows);
     barrier_arrive_expect(ring.barrier(), second_token_bytes);
-    copy_box(ring.at(), &maps.hidden, 0, chunk, ring.barrier(), tokens_policy);
+    copy_chunks(ring.at(), &maps.hidden, 0, chunk, ring.barrier(), tokens_policy);
   };
   const int stages_in_all = divide_up(row_end - row_begin, second.pass_groups) * second.sum_stages;
   const int ahead = min(plan.slots, stages_in_all);
@@ -625,20 +625,20 @@ int launch_decode_hopper(const Shape &shape, int dtype, const DeviceFacts &devic
 
   Maps maps;
   const long long x_stride = shape.tokens > 1 ? shape.x_stride : shape.hidden_size;
-  int status = encode_tensor_map(&maps.x, dtype, shape.x, shape.tokens, shape.hidden_size, x_stride, token_rows,
+  int status = encode_chunk_map(&maps.x, dtype, shape.x, shape.tokens, shape.hidden_size, x_stride, token_rows,
                                  plan.first.stage_chunks);
   if (status == FUSED_MLP_OK)
-    status = encode_tensor_map(&maps.gate, dtype, shape.gate, shape.intermediate_size, shape.hidden_size,
+    status = encode_chunk_map(&maps.gate, dtype, shape.gate, shape.intermediate_size, shape.hidden_size,
                                shape.gate_stride, GROUP, plan.first.stage_chunks);
   if (status == FUSED_MLP_OK)
-    status = encode_tensor_map(&maps.up, dtype, shape.gated ? shape.up : shape.gate, shape.intermediate_size,
+    status = encode_chunk_map(&maps.up, dtype, shape.gated ? shape.up : shape.gate, shape.intermediate_size,
                                shape.hidden_size, shape.gated ? shape.up_stride : shape.gate_stride, GROUP,
                                plan.first.stage_chunks);
   if (status == FUSED_MLP_OK)
-    status = encode_tensor_map(&maps.hidden, dtype, shape.hidden, shape.tokens, shape.intermediate_size,
+    status = encode_chunk_map(&maps.hidden, dtype, shape.hidden, shape.tokens, shape.intermediate_size,
                                shape.hidden_stride, token_rows, plan.second.stage_chunks);
   if (status == FUSED_MLP_OK)
-    status = encode_tensor_map(&maps.down, dtype, shape.down, shape.output_size, shape.intermediate_size,
+    status = encode_chunk_map(&maps.down, dtype, shape.down, shape.output_size, shape.intermediate_size,
                                shape.down_stride, GROUP, plan.second.stage_chunks);
   if (status != FUSED_MLP_OK)
     return status;
