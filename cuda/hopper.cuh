@@ -1,0 +1,257 @@
+// Hopper's own instructions: barriers in shared memory, tensor copies, warpgroup products; and, for the host, the
+// tensor maps that the copies read. Device code exists for sm_90a only.
+//
+// A tile in shared memory is rows of 128 bytes whose eight pieces of 16 bytes are swizzled by the row's number (the
+// tensor copy's 128-byte swizzle): what a warpgroup's product reads as a matrix with its depth contiguous. Tiles start
+// on 1024 bytes.
+#pragma once
+#include "element.cuh"
+#include "fused_mlp.h"
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+namespace fused_mlp {
+
+constexpr int SWIZZLE_BYTES = 128; // of one row of a tile
+constexpr int SWIZZLE_ALIGN = 1024;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FUSED_MLP_HOPPER 1
+#endif
+
+#ifdef FUSED_MLP_HOPPER
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Barriers. Addresses are of shared memory, as `shared_address` gives them.
+
+__device__ __forceinline__ void barrier_init(unsigned barrier, unsigned arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// Makes initialised barriers known to the copies' unit (and, within a cluster, to its other blocks).
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive(unsigned barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Announces bytes that copies will bring, without arriving.
+__device__ __forceinline__ void barrier_expect(unsigned barrier, unsigned bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_expect(unsigned barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Returns when the phase of this parity is over.
+__device__ __forceinline__ void barrier_wait(unsigned barrier, unsigned parity) {
+  asm volatile("{\n"
+               ".reg .pred done;\n"
+               "again:\n"
+               "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+               "@done bra.uni over;\n"
+               "bra.uni again;\n"
+               "over:\n"
+               "}\n" ::"r"(barrier),
+               "r"(parity)
+               : "memory");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensor copies
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// For what is read as often as all else.
+__device__ __forceinline__ unsigned long long evict_normal_policy() {
+  unsigned long long policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// A box of the matrix, from `column` and `row` on, to shared memory; zeros outside the matrix. The barrier gets the
+// box's bytes.
+__device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap *map, int column, int row, unsigned barrier,
+                                         unsigned long long policy) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+               "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+               "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+               : "memory");
+}
+// The same as far as L2: nothing that this kernel reads before it has to, should another kernel be writing it.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap *map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
+}
+// Between ordinary stores and copies of the same memory, in either order.
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// A box to the same place in every block of the cluster that `blocks` has a bit for; each block's barrier at the same
+// place gets the bytes.
+__device__ __forceinline__ void copy_box_to_cluster(unsigned to, const CUtensorMap *map, int column, int row,
+                                                    unsigned barrier, unsigned short blocks,
+                                                    unsigned long long policy) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+               ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
+               "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks), "l"(policy)
+               : "memory");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Clusters
+
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// Waits for every thread of the cluster, and says nothing of what they wrote.
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+}
+// The same, and what they wrote to shared memory before is visible after.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// Where another block of the cluster has what this block has at `address`.
+__device__ __forceinline__ unsigned cluster_address(unsigned address, unsigned rank) {
+  unsigned there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+// For a barrier that guards no ordinary stores: releasing those to the cluster would take a microsecond.
+__device__ __forceinline__ void barrier_arrive_in_cluster(unsigned there) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
+}
+__device__ __forceinline__ float load_from_cluster(unsigned there) {
+  float v;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there) : "memory");
+  return v;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Registers of a warpgroup
+
+template <int COUNT> __device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT> __device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Warpgroup products: d (64 x N, f32) += a (64 x 16) b (N x 16)^T, both tiles in shared memory.
+//
+// Thread t of the warpgroup holds rows 16 (t / 32) + t % 32 / 4 (+ 8) and columns 8 j + 2 (t % 4) (+ 1):
+// d[4 j + 2 i + e] is row + 8 i, column + e.
+
+// What a product needs to know of a tile that starts at `address`; 16 elements further are 32 bytes further.
+__device__ __forceinline__ unsigned long long tile_descriptor(unsigned address) {
+  constexpr unsigned long long SWIZZLE_128 = 1ull << 62;
+  constexpr unsigned long long EIGHT_ROWS = static_cast<unsigned long long>(SWIZZLE_ALIGN >> 4) << 32;
+  return SWIZZLE_128 | EIGHT_ROWS | 1ull << 16 | (address & 0x3ffff) >> 4;
+}
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// Keeps the compiler from moving reads and writes of the sums across a wait.
+template <int COUNT> __device__ __forceinline__ void pin(float (&d)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i)
+    asm volatile("" : "+f"(d[i])::"memory");
+}
+
+template <typename T, int N> struct WarpgroupProduct;
+
+#define FUSED_MLP_TEN(tens)                                                                                            \
+  "%" #tens "0,%" #tens "1,%" #tens "2,%" #tens "3,%" #tens "4,%" #tens "5,%" #tens "6,%" #tens "7,%" #tens            \
+  "8,%" #tens "9,"
+#define FUSED_MLP_FORTY FUSED_MLP_TEN() FUSED_MLP_TEN(1) FUSED_MLP_TEN(2) FUSED_MLP_TEN(3)
+#define FUSED_MLP_SEVENTY FUSED_MLP_FORTY FUSED_MLP_TEN(4) FUSED_MLP_TEN(5) FUSED_MLP_TEN(6)
+#define FUSED_MLP_HUNDRED FUSED_MLP_SEVENTY FUSED_MLP_TEN(7) FUSED_MLP_TEN(8) FUSED_MLP_TEN(9)
+#define FUSED_MLP_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FUSED_MLP_F8(i) FUSED_MLP_F4(i), FUSED_MLP_F4(i + 4)
+#define FUSED_MLP_F16(i) FUSED_MLP_F8(i), FUSED_MLP_F8(i + 8)
+#define FUSED_MLP_F32(i) FUSED_MLP_F16(i), FUSED_MLP_F16(i + 16)
+#define FUSED_MLP_F64(i) FUSED_MLP_F32(i), FUSED_MLP_F32(i + 32)
+#define FUSED_MLP_PRODUCT(T, NAME, N, LIST, A, B, ...)                                                                 \
+  template <> struct WarpgroupProduct<T, N> {                                                                          \
+    static __device__ __forceinline__ void add(float (&d)[N / 2], unsigned long long a, unsigned long long b) {        \
+      asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, 1, 0;\n"                                        \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" LIST "}, " A ", " B           \
+                   ", accumulate, 1, 1, 0, 0;\n}\n"                                                                   \
+                   : __VA_ARGS__                                                                                       \
+                   : "l"(a), "l"(b));                                                                                  \
+    }                                                                                                                  \
+  };
+#define FUSED_MLP_PRODUCTS(T, NAME)                                                                                    \
+  FUSED_MLP_PRODUCT(T, NAME, 8, "%0,%1,%2,%3", "%4", "%5", FUSED_MLP_F4(0))                                            \
+  FUSED_MLP_PRODUCT(T, NAME, 16, "%0,%1,%2,%3,%4,%5,%6,%7", "%8", "%9", FUSED_MLP_F8(0))                               \
+  FUSED_MLP_PRODUCT(T, NAME, 32, FUSED_MLP_TEN() "%10,%11,%12,%13,%14,%15", "%16", "%17", FUSED_MLP_F16(0))            \
+  FUSED_MLP_PRODUCT(T, NAME, 64, FUSED_MLP_TEN() FUSED_MLP_TEN(1) FUSED_MLP_TEN(2) "%30,%31", "%32", "%33",            \
+                    FUSED_MLP_F32(0))                                                                                  \
+  FUSED_MLP_PRODUCT(T, NAME, 96, FUSED_MLP_FORTY "%40,%41,%42,%43,%44,%45,%46,%47", "%48", "%49", FUSED_MLP_F32(0),    \
+                    FUSED_MLP_F16(32))                                                                                 \
+  FUSED_MLP_PRODUCT(T, NAME, 128, FUSED_MLP_FORTY FUSED_MLP_TEN(4) FUSED_MLP_TEN(5) "%60,%61,%62,%63", "%64", "%65",   \
+                    FUSED_MLP_F64(0))                                                                                  \
+  FUSED_MLP_PRODUCT(T, NAME, 144, FUSED_MLP_SEVENTY "%70,%71", "%72", "%73", FUSED_MLP_F64(0), FUSED_MLP_F8(64))       \
+  FUSED_MLP_PRODUCT(T, NAME, 160, FUSED_MLP_SEVENTY "%70,%71,%72,%73,%74,%75,%76,%77,%78,%79", "%80", "%81",           \
+                    FUSED_MLP_F64(0), FUSED_MLP_F16(64))                                                               \
+  FUSED_MLP_PRODUCT(T, NAME, 192, FUSED_MLP_SEVENTY FUSED_MLP_TEN(7) FUSED_MLP_TEN(8) "%90,%91,%92,%93,%94,%95",       \
+                    "%96", "%97", FUSED_MLP_F64(0), FUSED_MLP_F32(64))                                                 \
+  FUSED_MLP_PRODUCT(T, NAME, 208, FUSED_MLP_HUNDRED "%100,%101,%102,%103", "%104", "%105", FUSED_MLP_F64(0),           \
+                    FUSED_MLP_F32(64), FUSED_MLP_F8(96))                                                               \
+  FUSED_MLP_PRODUCT(T, NAME, 224, FUSED_MLP_HUNDRED FUSED_MLP_TEN(10) "%110,%111", "%112", "%113", FUSED_MLP_F64(0),   \
+                    FUSED_MLP_F32(64), FUSED_MLP_F16(96))                                                              \
+  FUSED_MLP_PRODUCT(T, NAME, 256, FUSED_MLP_HUNDRED FUSED_MLP_TEN(10) FUSED_MLP_TEN(11)                                \
+                    "%120,%121,%122,%123,%124,%125,%126,%127", "%128", "%129", FUSED_MLP_F64(0), FUSED_MLP_F64(64))
+FUSED_MLP_PRODUCTS(__nv_bfloat16, "bf16")
+FUSED_MLP_PRODUCTS(__half, "f16")
+#undef FUSED_MLP_PRODUCTS
+#undef FUSED_MLP_PRODUCT
+#undef FUSED_MLP_F64
+#undef FUSED_MLP_F32
+#undef FUSED_MLP_F16
+#undef FUSED_MLP_F8
+#undef FUSED_MLP_F4
+#undef FUSED_MLP_HUNDRED
+#undef FUSED_MLP_SEVENTY
+#undef FUSED_MLP_FORTY
+#undef FUSED_MLP_TEN
+
+#endif // FUSED_MLP_HOPPER
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensor maps, made on the host
+
+// The driver's function that makes tensor maps, looked up once; null on a driver that has none.
+inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  static const PFN_cuTensorMapEncodeTiled_v12000 encoder = [] {
+    void *found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found)
+               : nullptr;
+  }();
+  return encoder;
+}
+
+// Describes a matrix of 16-bit elements whose rows are `stride` elements apart, to be copied in boxes of 64 columns
+// (128 bytes, swizzled) and `box_rows` rows.
+inline int encode_tensor_map(CUtensorMap *map, int dtype, const void *matrix, long long rows, long long columns,
+                             long long stride, int box_rows) {
+  const PFN_cuTensorMapEncodeTiled_v12000 encode = tensor_map_encoder();
+  if (!encode)
+    return FUSED_MLP_UNSUPPORTED;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
+  const cuuint32_t box[2] = {SWIZZLE_BYTES / 2, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const CUresult result =
+      encode(map, dtype == FUSED_MLP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+             const_cast<void *>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? FUSED_MLP_OK : FUSED_MLP_UNSUPPORTED;
+}
+
+} // namespace fused_mlp
