@@ -27,7 +27,16 @@ mod cuda {
             return Err(format!("feature `cuda`: expected CUDA_COMPUTE_CAP of 75 or more, found {arch}").into());
         }
         let out = PathBuf::from(std::env::var("OUT_DIR")?);
-        let sources = ["decode.cu", "decode_direct.cu", "decode_hopper.cu", "decode_portable.cu", "elementwise.cu"];
+        let sources = [
+            "decode.cu",
+            "decode_direct.cu",
+            "decode_hopper.cu",
+            "decode_portable.cu",
+            "elementwise.cu",
+            "gemm.cu",
+            "gemm_hopper_bf16.cu",
+            "gemm_hopper_f16.cu",
+        ];
         let ptx = format!("-gencode=arch=compute_{0},code=compute_{0}", arch.base());
         cudaforge::KernelBuilder::new()
             .source_files(sources.map(|name| PathBuf::from("cuda").join(name)))

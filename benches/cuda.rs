@@ -7,11 +7,12 @@
 //! turns; a number is the median of five turns of some milliseconds. `all` adds every kernel's own column. `energy` measures
 //! millijoules a layer in place of time: NVML's counter over two seconds of each.
 
+#[path = "support/layers.rs"]
+mod layers;
+
 use candle_core::{DType, Device, Error, Result, Tensor};
 use candle_fused_mlp::cuda::Kernel;
-use candle_fused_mlp::ops::{fused_mlp, fused_swiglu};
-use candle_fused_mlp::{reference, Activation, GateUp};
-use candle_nn::Linear;
+use layers::{median, time, Layer, Turns, Way};
 use std::time::{Duration, Instant};
 
 /// Name, gated, hidden size, intermediate size.
@@ -26,109 +27,8 @@ const MODELS: [(&str, bool, usize, usize); 8] = [
     ("mlp 768x3072 GELU, biases", false, 768, 3072),
 ];
 
-const TURNS: usize = 5;
+const TURNS: Turns = Turns { count: 5, microseconds: 4000. };
 const ENERGY_TIME: Duration = Duration::from_secs(2);
-const MICROSECONDS_A_TURN: f64 = 4000.;
-
-/// Weights in the stack: four times the largest second-level cache of today's GPUs.
-const COLD_BYTES: usize = 256 << 20;
-
-enum Layer {
-    Plain(Linear, Linear),
-    Gated(GateUp, Linear),
-}
-
-impl Layer {
-    fn new(gated: bool, hidden: usize, intermediate: usize, dtype: DType, device: &Device) -> Result<Self> {
-        let tensor =
-            |dims: &[usize], scale: f64| Tensor::randn(0f32, 1., dims, device)?.affine(scale, 0.)?.to_dtype(dtype);
-        let linear = |rows: usize, cols: usize| {
-            let bias = if gated { None } else { Some(tensor(&[rows], 0.1)?) };
-            Ok::<_, Error>(Linear::new(tensor(&[rows, cols], 1.3 / (cols as f64).sqrt())?, bias))
-        };
-        let (first, down) = (linear(intermediate, hidden)?, linear(hidden, intermediate)?);
-        Ok(if gated {
-            Self::Gated(GateUp::Separate { gate: first, up: linear(intermediate, hidden)? }, down)
-        } else {
-            Self::Plain(first, down)
-        })
-    }
-
-    fn fused(&self, xs: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Plain(fc1, fc2) => fused_mlp(xs, fc1, fc2, Activation::Gelu),
-            Self::Gated(gate_up, down) => fused_swiglu(xs, gate_up, down, Activation::Silu),
-        }
-    }
-
-    fn unfused(&self, xs: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Plain(fc1, fc2) => reference::mlp(xs, fc1, fc2, Activation::Gelu),
-            Self::Gated(gate_up, down) => reference::swiglu(xs, gate_up, down, Activation::Silu),
-        }
-    }
-}
-
-/// A way to run a layer; none where the kernel does not take it.
-#[derive(Clone, Copy)]
-enum Way {
-    Candle,
-    Chosen,
-    Forced(Kernel),
-}
-
-impl Way {
-    fn run(self, layer: &Layer, xs: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Candle => layer.unfused(xs),
-            Self::Chosen => layer.fused(xs),
-            Self::Forced(kernel) => kernel.with(|| layer.fused(xs)),
-        }
-    }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-/// Microseconds of one layer, each way.
-fn time(layers: &[Layer], first: &Tensor, ways: &[Way]) -> Result<Vec<Option<f64>>> {
-    let device = first.device();
-    let once = |way: Way| -> Result<()> {
-        let mut xs = first.clone();
-        for (i, layer) in layers.iter().enumerate() {
-            xs = way.run(layer, if i % 4 == 0 { first } else { &xs })?;
-        }
-        Ok(())
-    };
-    let turn = |way: Way, calls: usize| -> Result<f64> {
-        device.synchronize()?;
-        let start = Instant::now();
-        for _ in 0..calls {
-            once(way)?;
-        }
-        device.synchronize()?;
-        Ok(start.elapsed().as_secs_f64() * 1e6 / (calls * layers.len()) as f64)
-    };
-    let mut calls = Vec::new();
-    for &way in ways {
-        let taken = once(way).is_ok();
-        calls.push(match taken {
-            true => Some((MICROSECONDS_A_TURN / (turn(way, 1)? * layers.len() as f64)).ceil().max(1.) as usize),
-            false => None,
-        });
-    }
-    let mut times = vec![Vec::new(); ways.len()];
-    for _ in 0..TURNS {
-        for ((&way, calls), times) in ways.iter().zip(&calls).zip(&mut times) {
-            if let Some(calls) = calls {
-                times.push(turn(way, *calls)?);
-            }
-        }
-    }
-    Ok(times.into_iter().map(|t| if t.is_empty() { None } else { Some(median(t)) }).collect())
-}
 
 /// Millijoules of one layer, each way, of the first GPU that NVML knows.
 fn energy(layers: &[Layer], first: &Tensor, ways: &[Way]) -> Result<Vec<Option<f64>>> {
@@ -196,7 +96,7 @@ fn main() -> Result<()> {
     if dtypes.is_empty() {
         dtypes = known[..3].to_vec();
     }
-    let measure = if arguments.iter().any(|a| a == "energy") { energy } else { time };
+    let by_energy = arguments.iter().any(|a| a == "energy");
     let mut ways = vec![Way::Candle, Way::Chosen];
     if arguments.iter().any(|a| a == "all") {
         ways.extend(Kernel::ALL.map(Way::Forced));
@@ -215,15 +115,15 @@ fn main() -> Result<()> {
     println!("|---|---|---|---|{}---|", "---|".repeat(ways.len()));
     for (name, dtype) in dtypes {
         for (model, gated, hidden, intermediate) in MODELS {
-            let bytes = hidden * intermediate * if gated { 3 } else { 2 } * dtype.size_in_bytes();
-            let floor = bytes as f64 / bandwidth * 1e6;
-            let count = (COLD_BYTES / bytes + 1).max(4);
-            let layers = (0..count)
-                .map(|_| Layer::new(gated, hidden, intermediate, dtype, device))
-                .collect::<Result<Vec<_>>>()?;
+            let sizes = (hidden, intermediate);
+            let floor = Layer::weight_bytes(gated, sizes, dtype) as f64 / bandwidth * 1e6;
+            let layers = Layer::stack(gated, sizes, dtype, device)?;
             for &tokens in &tokens {
                 let first = Tensor::randn(0f32, 1., (tokens, hidden), device)?.to_dtype(dtype)?;
-                let times = measure(&layers, &first, &ways)?;
+                let times = match by_energy {
+                    true => energy(&layers, &first, &ways)?,
+                    false => time(&layers, &first, &ways, TURNS)?,
+                };
                 let cells: Vec<String> =
                     times.iter().map(|t| t.map_or("-".to_string(), |t| format!("{t:.2}"))).collect();
                 let gain = times[0].zip(times[1]).map_or("-".to_string(), |(c, f)| format!("{:.2}", c / f));

@@ -72,6 +72,14 @@ int fused_mlp_decode_path(const FusedMlpArgs *args, int *path);
 // Enqueues the MLP; 1 to 64 tokens are one kernel launch, more are one per 64.
 int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream);
 
+// Whether fused_mlp_gemm takes these arguments on the current device: bf16 or f16, x and all weights with rows on 16 bytes,
+// one of the activations whose arithmetic its kernels have, sm_90a. Workspace and out are not looked at.
+int fused_mlp_gemm_takes(const FusedMlpArgs *args, int *takes);
+
+// Enqueues an MLP of any number of tokens as two launches. The workspace, which need not be cleared, is for the hidden rows:
+// tokens x intermediate_size elements on 16 bytes.
+int fused_mlp_gemm(const FusedMlpArgs *args, cudaStream_t stream);
+
 // The elementwise parts of an MLP whose products others compute. All matrices are contiguous.
 typedef struct FusedMlpHiddenArgs {
   const void *gate; // rows of `cols`

@@ -7,7 +7,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, C
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_fused_mlp::cuda::Kernel;
 use candle_fused_mlp::ops::{fused_mlp, fused_swiglu};
-use candle_fused_mlp::{Activation, FusedSwiGlu, GateUp};
+use candle_fused_mlp::{Activation, FusedSwiGlu, GateUp, PackedOrder};
 use candle_nn::Linear;
 use common::*;
 
@@ -15,8 +15,10 @@ const DECODE: [Kernel; 4] = [Kernel::DecodeHopper, Kernel::DecodeDependent, Kern
 
 /// The kernels that take this dtype and these sizes, where all is aligned.
 fn kernels(dtype: DType, (hidden, intermediate): (usize, usize)) -> Vec<Kernel> {
+    let half = matches!(dtype, DType::BF16 | DType::F16);
     let takes = |kernel: &Kernel| match kernel {
-        Kernel::DecodeHopper => matches!(dtype, DType::BF16 | DType::F16) && hidden % 64 == 0 && intermediate % 64 == 0,
+        Kernel::DecodeHopper => half && hidden % 64 == 0 && intermediate % 64 == 0,
+        Kernel::Gemm => half && hidden % 8 == 0 && intermediate % 8 == 0,
         Kernel::DecodeDependent | Kernel::Decode => {
             let pieces = 16 / dtype.size_in_bytes();
             dtype != DType::F64 && hidden % pieces == 0 && intermediate % pieces == 0
@@ -25,6 +27,10 @@ fn kernels(dtype: DType, (hidden, intermediate): (usize, usize)) -> Vec<Kernel> 
     };
     Kernel::ALL.into_iter().filter(takes).collect()
 }
+
+/// The activations that `Kernel::Gemm` has.
+const GEMM: [Activation; 5] =
+    [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::QuickGelu, Activation::Relu];
 
 fn gated(
     random: &mut Random,
@@ -56,6 +62,9 @@ fn every_kernel() -> Result<()> {
         for (hidden, intermediate) in [(72, 200), (128, 192)] {
             for kernel in kernels(dtype, (hidden, intermediate)) {
                 for (i, &activation) in Activation::ALL.iter().enumerate() {
+                    if kernel == Kernel::Gemm && !GEMM.contains(&activation) {
+                        continue;
+                    }
                     let random = &mut Random::new(i as u64);
                     let tokens = [1, 3, 8, 12, 20, 64, 100][i % 7];
                     let xs = random.normal(&[tokens, hidden], 1., dtype, device)?;
@@ -71,6 +80,70 @@ fn every_kernel() -> Result<()> {
                 }
             }
         }
+    }
+    Ok(())
+}
+
+/// Every tile of the kernel for many tokens: sizes that end within a tile, with and without biases, packed and
+/// separate weights, twice the same bits.
+#[test]
+fn many_tokens() -> Result<()> {
+    let device = &Device::new_cuda(0)?;
+    let sizes = [(72, 200, 40), (576, 1536, 576), (264, 1000, 520), (768, 3072, 768), (1024, 2816, 1000)];
+    for dtype in [DType::BF16, DType::F16] {
+        for (i, (hidden, intermediate, out)) in sizes.into_iter().enumerate() {
+            let random = &mut Random::new(20 + i as u64);
+            let gate = random.linear((intermediate, hidden), i % 2 == 0, dtype, device)?;
+            let up = random.linear((intermediate, hidden), i % 2 == 0, dtype, device)?;
+            let down = random.linear((out, intermediate), i % 3 != 1, dtype, device)?;
+            for (j, tokens) in [1, 65, 100, 129, 200, 300, 512, 700, 1025].into_iter().enumerate() {
+                let activation = GEMM[(i + j) % GEMM.len()];
+                let xs = random.normal(&[tokens, hidden], 1., dtype, device)?;
+                let what = format!("{hidden}x{intermediate} {activation} {tokens}");
+                let gate_up = match j % 2 {
+                    0 => GateUp::Separate { gate: gate.clone(), up: up.clone() },
+                    _ => packed(&gate, &up, PackedOrder::UpGate)?,
+                };
+                Kernel::Gemm.with(|| {
+                    let found = fused_mlp(&xs, &gate, &down, activation)?;
+                    assert_near(&found, &exact_mlp(&xs, &gate, &down, activation)?, &what)?;
+                    let found = fused_swiglu(&xs, &gate_up, &down, activation)?;
+                    assert_near(&found, &exact_swiglu(&xs, &gate_up, &down, activation)?, &what)?;
+                    let again = fused_swiglu(&xs, &gate_up, &down, activation)?;
+                    assert_eq!(values(&again)?, values(&found)?, "{what}, again");
+                    Ok(())
+                })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Rows that no tensor map describes, and what the kernel for many tokens has no arithmetic for, take another path.
+#[test]
+fn what_tensor_maps_cannot_describe() -> Result<()> {
+    let device = &Device::new_cuda(0)?;
+    for dtype in [DType::BF16, DType::F16] {
+        let random = &mut Random::new(30);
+        let wide = random.normal(&[300, 130], 0.2, dtype, device)?;
+        let xs = random.normal(&[300, 64], 1., dtype, device)?;
+        let aligned = Linear::new(random.normal(&[64, 64], 0.2, dtype, device)?, None);
+        // Rows of an odd length apart, an odd offset, a length of no multiple of 8.
+        let strided = Linear::new(wide.narrow(0, 0, 64)?.narrow(1, 0, 64)?, None);
+        let offset = Linear::new(wide.narrow(0, 0, 64)?.narrow(1, 1, 64)?, None);
+        let short = [random.linear((60, 64), true, dtype, device)?, random.linear((64, 60), true, dtype, device)?];
+        for (fc1, fc2) in [(&strided, &aligned), (&aligned, &offset), (&short[0], &short[1])] {
+            let dense = |linear: &Linear| -> Result<Linear> {
+                Ok(Linear::new(linear.weight().contiguous()?, linear.bias().cloned()))
+            };
+            let exact = exact_mlp(&xs, &dense(fc1)?, &dense(fc2)?, Activation::Silu)?;
+            assert_near(&fused_mlp(&xs, fc1, fc2, Activation::Silu)?, &exact, "chosen")?;
+            let forced = Kernel::Gemm.with(|| fused_mlp(&xs, fc1, fc2, Activation::Silu));
+            let error = forced.map(|ys| ys.dims().to_vec()).unwrap_err().to_string();
+            assert!(error.contains("kernel that does not take this"), "{error}");
+        }
+        let found = fused_mlp(&xs, &aligned, &aligned, Activation::Mish)?;
+        assert_near(&found, &exact_mlp(&xs, &aligned, &aligned, Activation::Mish)?, "mish")?;
     }
     Ok(())
 }
@@ -121,6 +194,8 @@ fn two_streams_at_once() -> Result<()> {
                 (1, Kernel::DecodeDependent),
                 (9, Kernel::Decode),
                 (5, Kernel::DecodePortable),
+                (150, Kernel::Gemm),
+                (150, Kernel::Matmul),
             ];
             for (tokens, kernel) in some.into_iter().filter(|(_, k)| kernels(dtype, sizes).contains(k)) {
                 let xs = random.normal(&[tokens, sizes.0], 1., dtype, &device)?;
@@ -176,6 +251,7 @@ fn graphs_replay() -> Result<()> {
         (DType::BF16, Kernel::Decode, 16),
         (DType::F32, Kernel::DecodeDependent, 5),
         (DType::F64, Kernel::DecodePortable, 3),
+        (DType::BF16, Kernel::Gemm, 200),
     ] {
         let random = &mut Random::new(6);
         let layers: Vec<_> = (0..3).map(|_| gated(random, (576, 1536), dtype, device)).collect::<Result<_>>()?;

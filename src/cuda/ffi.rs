@@ -63,6 +63,8 @@ extern "C" {
     fn fused_mlp_decode_workspace_bytes(args: *const DecodeArgs) -> u64;
     fn fused_mlp_decode_path(args: *const DecodeArgs, path: *mut c_int) -> c_int;
     fn fused_mlp_decode(args: *const DecodeArgs, stream: *mut c_void) -> c_int;
+    fn fused_mlp_gemm_takes(args: *const DecodeArgs, takes: *mut c_int) -> c_int;
+    fn fused_mlp_gemm(args: *const DecodeArgs, stream: *mut c_void) -> c_int;
     fn fused_mlp_hidden(args: *const HiddenArgs, stream: *mut c_void) -> c_int;
     fn fused_mlp_hidden_gradients(args: *const HiddenArgs, stream: *mut c_void) -> c_int;
     fn fused_mlp_add_bias(out: u64, bias: u64, rows: i64, cols: i64, dtype: i32, stream: *mut c_void) -> c_int;
@@ -107,6 +109,30 @@ pub(super) fn decode_path(op: &str, args: &DecodeArgs, stream: &CudaStream) -> R
 pub(super) unsafe fn decode(op: &str, args: &DecodeArgs, stream: &CudaStream) -> Result<()> {
     bind(op, stream)?;
     checked(op, fused_mlp_decode(args, stream.cu_stream().cast()))
+}
+
+/// Whether [`gemm`] takes these arguments on the stream's device.
+///
+/// # Errors
+/// A device whose properties cannot be asked for.
+pub(super) fn gemm_takes(op: &str, args: &DecodeArgs, stream: &CudaStream) -> Result<bool> {
+    let mut takes = 0;
+    bind(op, stream)?;
+    // SAFETY: reads the struct and attributes of the thread's device.
+    checked(op, unsafe { fused_mlp_gemm_takes(args, &mut takes) })?;
+    Ok(takes != 0)
+}
+
+/// Enqueues an MLP for many tokens; the workspace is for the hidden rows.
+///
+/// # Safety
+/// As for [`decode`].
+///
+/// # Errors
+/// Arguments that the kernel does not take, or a launch that fails.
+pub(super) unsafe fn gemm(op: &str, args: &DecodeArgs, stream: &CudaStream) -> Result<()> {
+    bind(op, stream)?;
+    checked(op, fused_mlp_gemm(args, stream.cu_stream().cast()))
 }
 
 /// Enqueues the hidden layer out of the preactivations.

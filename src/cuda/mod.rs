@@ -2,7 +2,7 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | `mod.rs` | which kernel runs, and both ways to run an MLP: one launch, or candle's products |
+//! | `mod.rs` | which kernel runs, and the ways to run an MLP: one launch, two, or candle's products |
 //! | `ffi.rs` | the kernels' C interface |
 //! | `workspace.rs` | the memory that a launch needs besides its arguments, one per stream |
 //! | `../../cuda/` | the kernels |
@@ -40,6 +40,9 @@ pub enum Kernel {
     Decode,
     /// Both layers in one launch, for any GPU, alignment and dtype.
     DecodePortable,
+    /// A launch for each layer, the second one beginning while the first one ends, on Hopper's tensor cores (sm_90); for
+    /// bf16 and f16 where all rows lie on 16 bytes, with SiLU, GELU (both), quick GELU or ReLU.
+    Gemm,
     /// candle's products, and one launch for all that is between them.
     Matmul,
 }
@@ -50,8 +53,8 @@ thread_local! {
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Self; 5] =
-        [Self::DecodeHopper, Self::DecodeDependent, Self::Decode, Self::DecodePortable, Self::Matmul];
+    pub const ALL: [Self; 6] =
+        [Self::DecodeHopper, Self::DecodeDependent, Self::Decode, Self::DecodePortable, Self::Gemm, Self::Matmul];
 
     /// The name, as in a plan.
     pub fn name(self) -> &'static str {
@@ -60,6 +63,7 @@ impl Kernel {
             Self::DecodeDependent => "decode-dependent",
             Self::Decode => "decode",
             Self::DecodePortable => "decode-portable",
+            Self::Gemm => "gemm",
             Self::Matmul => "matmul",
         }
     }
@@ -81,14 +85,14 @@ impl Kernel {
         f()
     }
 
-    /// The path of the C interface, for a decode kernel.
+    /// The path of the C interface, for a decode kernel; the others have none.
     fn path(self) -> i32 {
         match self {
             Self::DecodeHopper => ffi::PATH_HOPPER,
             Self::DecodeDependent => ffi::PATH_DIRECT_DEPENDENT,
             Self::Decode => ffi::PATH_DIRECT,
             Self::DecodePortable => ffi::PATH_PORTABLE,
-            Self::Matmul => ffi::PATH_AUTO,
+            Self::Gemm | Self::Matmul => ffi::PATH_AUTO,
         }
     }
 }
@@ -103,6 +107,8 @@ impl fmt::Display for Kernel {
 struct Facts {
     /// The best path that the device, the dtype and the alignment allow.
     path: i32,
+    /// Whether [`Kernel::Gemm`] takes it.
+    gemm: bool,
     dtype: DType,
     tokens: usize,
     /// Elements of all weights.
@@ -112,7 +118,7 @@ struct Facts {
 /// Which kernel runs where weights' rows are contiguous: the one place where that is decided, by what was measured
 /// (`PERFORMANCE.md`). Other weights go to [`Kernel::Matmul`].
 fn choose(facts: &Facts) -> Kernel {
-    let &Facts { path, dtype, tokens, weights } = facts;
+    let &Facts { path, gemm, dtype, tokens, weights } = facts;
     if weights == 0 {
         // candle's product has no rule for sums of nothing.
         return Kernel::DecodePortable;
@@ -131,10 +137,17 @@ fn choose(facts: &Facts) -> Kernel {
         (_, 96..256) => 2,
         (_, 256..) => 1,
     };
+    // Tiles have 128 rows and share their weights by twos: here a good part of the last two would be empty.
+    let empty_tiles = match tokens {
+        129..=192 => (8..64).contains(&(weights / MILLION)),
+        257..=384 => weights >= 8 * MILLION,
+        _ => false,
+    };
     match path {
         ffi::PATH_HOPPER if tokens <= 64 => Kernel::DecodeHopper,
         ffi::PATH_DIRECT_DEPENDENT if tokens <= most_tokens => Kernel::DecodeDependent,
         ffi::PATH_DIRECT if tokens <= most_tokens => Kernel::Decode,
+        _ if gemm && !empty_tiles => Kernel::Gemm,
         _ => Kernel::Matmul,
     }
 }
@@ -256,7 +269,21 @@ fn forward_of<E: Element>(problem: &Problem, tokens: usize) -> Result<CudaStorag
             0 => 0,
             _ => intermediate_size.saturating_mul(projections * hidden_size + out_features),
         };
-        let kernel = choose(&Facts { path: best, dtype: xs.view().0.dtype(), tokens, weights });
+        let gemm = ffi::gemm_takes(op, &args, &stream)?;
+        let kernel = choose(&Facts { path: best, gemm, dtype: xs.view().0.dtype(), tokens, weights });
+        if kernel == Kernel::Gemm {
+            let mut hidden = allocate::<E>(device, tokens * intermediate_size)?;
+            let mut out = allocate::<E>(device, tokens * out_features)?;
+            let workspace_bytes = (hidden.len() * size_of::<E>()) as u64;
+            let (workspace, hidden_guard) = hidden.device_ptr_mut(&stream);
+            let (at, guard) = out.device_ptr_mut(&stream);
+            let args = ffi::DecodeArgs { out: at, workspace, workspace_bytes, ..args };
+            // SAFETY: every address was checked to have its rows within its storage, the hidden rows and the output have
+            // `tokens` rows; all are freed in the order of this stream.
+            unsafe { ffi::gemm(op, &args, &stream)? };
+            drop((hidden_guard, guard));
+            return Ok(CudaStorage::wrap_cuda_slice(out, device.clone()));
+        }
         if kernel != Kernel::Matmul {
             let (workspace, workspace_bytes) = workspace::of(op, &stream, ffi::workspace_bytes(&args))?;
             let mut out = allocate::<E>(device, tokens * out_features)?;

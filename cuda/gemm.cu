@@ -1,0 +1,216 @@
+// The C interface of the kernels for many tokens: checks arguments, chooses each product's tiles, launches both.
+#include "activation.cuh"
+#include "gemm_kernels.cuh"
+#include <atomic>
+#include <cmath>
+
+namespace fused_mlp {
+namespace {
+
+constexpr int MAX_DEVICES = 64;
+
+// Whether the kernels' code is for the current device. Asked for once.
+int runs_here(bool *runs) {
+  enum { UNKNOWN, NO, YES };
+  static std::atomic<int> known[MAX_DEVICES];
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess)
+    return error;
+  *runs = false;
+  if (device >= MAX_DEVICES)
+    return FUSED_MLP_OK;
+  int answer = known[device].load(std::memory_order_relaxed);
+  if (answer == UNKNOWN) {
+    int major = 0, minor = 0, source = 0, binary = 0;
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (error != cudaSuccess)
+      return error;
+    // No other GPU has sm_90a's instructions, and code compiled for older ones has no body here.
+    const bool hopper = major == 9 && minor == 0;
+    const int status = hopper ? gemm_compiled_for(&source, &binary) : FUSED_MLP_OK;
+    if (status != FUSED_MLP_OK)
+      return status;
+    answer = hopper && source >= 90 && binary == 90 ? YES : NO;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  *runs = answer == YES;
+  return FUSED_MLP_OK;
+}
+
+// The finish of an activation, if it is one of those.
+bool finish_of(int activation, Finish *finish, float *slope) {
+  *slope = static_cast<Activation>(activation) == Activation::QuickGelu ? 1.702f : 1.f;
+  switch (static_cast<Activation>(activation)) {
+  case Activation::Silu:
+  case Activation::QuickGelu: *finish = Finish::Swish; return true;
+  case Activation::Gelu: *finish = Finish::Gelu; return true;
+  case Activation::GeluTanh: *finish = Finish::GeluTanh; return true;
+  case Activation::Relu: *finish = Finish::Relu; return true;
+  default: return false;
+  }
+}
+
+// What a tensor map describes: a matrix whose rows lie on 16 bytes.
+bool describable(const void *matrix, long long stride) {
+  return reinterpret_cast<unsigned long long>(matrix) % 16 == 0 && stride % 8 == 0 && stride > 0;
+}
+
+// The stride of one row alone means nothing; a tensor map has one all the same.
+long long x_stride(const FusedMlpArgs &args) {
+  return args.tokens > 1 ? args.x_stride : (args.hidden_size + 7ll) / 8 * 8;
+}
+
+bool takes(const FusedMlpArgs &args) {
+  Finish finish;
+  float slope;
+  return (args.dtype == FUSED_MLP_BF16 || args.dtype == FUSED_MLP_F16) && args.tokens > 0 && args.hidden_size > 0 &&
+         args.intermediate_size > 0 && args.output_size > 0 && args.intermediate_size % 8 == 0 &&
+         args.output_size % 4 == 0 && args.x && args.gate && args.down && (!args.gated || args.up) &&
+         finish_of(args.activation, &finish, &slope) && describable(args.x, x_stride(args)) &&
+         describable(args.gate, args.gate_stride) && (!args.gated || describable(args.up, args.up_stride)) &&
+         describable(args.down, args.down_stride);
+}
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// About how long a product takes with these tiles, in microseconds on an H100: waves of tiles, each as long as its
+// products or its copies from L2, whichever takes longer, and then its finish; or as long as its weights take from
+// memory, whose speed grows less than the number of blocks that read. Only differences between tiles count. The numbers
+// were fitted to pairs of products of eight MLPs at eight token counts each, where the choice costs 2% on average
+// (`harness/gemm sweep`).
+double cost(const Variant &v, const Operands &o, int resident) {
+  const int clusters = ceil_div(o.tokens, v.rows * v.share) * ceil_div(o.columns, v.columns);
+  const int blocks = clusters * v.share * v.split, waves = ceil_div(blocks, resident);
+  const double tile = static_cast<double>(v.rows) * v.weights;
+  const double multiply = 1.94e-5 * tile, copy = 1.94e-3 * (v.rows + v.weights / v.share);
+  const double products = ceil_div(o.depth, 64) / static_cast<double>(v.split) * (std::fmax(multiply, copy) + 0.0436);
+  const double finish = 8.48e-5 * tile + (v.split > 1 ? 0.087 + 1.34e-4 * tile : 0.);
+  double time;
+  if (v.pingpong)
+    time = (waves - 1) * std::fmax(products, finish / 2) + products + finish + (waves > 1 ? 4.54 : 0.);
+  else
+    time = waves * (products + finish * (waves > 1 ? 0.849 : 1.)); // some of it while the other warpgroup multiplies
+  const double busy = std::fmin(1., static_cast<double>(blocks) / resident);
+  const double bytes = 2. * o.depth * o.columns * (v.gated ? 2 : 1);
+  return std::fmax(time, bytes / 3.42e6 / std::pow(busy, 0.444)) + 1.89 * busy + 0.126 * waves;
+}
+
+// The tiles of least cost.
+int choose(const Operands &o, bool gated, const Variant **best) {
+  int count = 0;
+  const Variant *const all = o.dtype == FUSED_MLP_F16 ? gemm_variants_f16(&count) : gemm_variants_bf16(&count);
+  double least = HUGE_VAL;
+  for (const Variant *v = all; v != all + count; ++v) {
+    if (v->gated != gated)
+      continue;
+    int resident = 0;
+    const int status = v->resident(&resident);
+    if (status != FUSED_MLP_OK)
+      return status;
+    const double time = cost(*v, o, resident);
+    if (time < least) {
+      least = time;
+      *best = v;
+    }
+  }
+  return FUSED_MLP_OK;
+}
+
+// The same, remembered: a model asks for few sizes again and again, and going through all tiles takes microseconds.
+int remembered_choice(const Operands &o, bool gated, const Variant **best) {
+  struct Memory {
+    int device, dtype, gated, tokens, depth, columns;
+    const Variant *best;
+  };
+  constexpr int PLACES = 16;
+  static thread_local Memory memories[PLACES] = {};
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess)
+    return error;
+  Memory &m = memories[(o.tokens * 31u + o.depth * 7u + o.columns / 8u) % PLACES];
+  if (!m.best || m.device != device || m.dtype != o.dtype || m.gated != gated || m.tokens != o.tokens ||
+      m.depth != o.depth || m.columns != o.columns) {
+    const Variant *found = nullptr;
+    const int status = choose(o, gated, &found);
+    if (status != FUSED_MLP_OK)
+      return status;
+    m = {device, o.dtype, gated, o.tokens, o.depth, o.columns, found};
+  }
+  *best = m.best;
+  return FUSED_MLP_OK;
+}
+
+int enqueue(const Operands &o, bool gated, cudaStream_t stream) {
+  const Variant *tiles = nullptr;
+  const int status = remembered_choice(o, gated, &tiles);
+  return status == FUSED_MLP_OK ? tiles->enqueue(o, stream) : status;
+}
+
+} // namespace
+} // namespace fused_mlp
+
+extern "C" int fused_mlp_gemm_takes(const FusedMlpArgs *args, int *takes) {
+  bool runs = false;
+  const bool described = fused_mlp::takes(*args);
+  const int status = described ? fused_mlp::runs_here(&runs) : FUSED_MLP_OK;
+  *takes = runs;
+  return status;
+}
+
+extern "C" int fused_mlp_gemm(const FusedMlpArgs *args, cudaStream_t stream) {
+  using namespace fused_mlp;
+  bool runs = false;
+  int status = runs_here(&runs);
+  if (status != FUSED_MLP_OK)
+    return status;
+  if (!runs || !takes(*args))
+    return FUSED_MLP_UNSUPPORTED;
+  if (!args->out || !args->workspace || reinterpret_cast<unsigned long long>(args->workspace) % 16 != 0 ||
+      reinterpret_cast<unsigned long long>(args->out) % 8 != 0)
+    return FUSED_MLP_BAD_ARGUMENT;
+  if (args->workspace_bytes < 2ull * args->tokens * args->intermediate_size)
+    return FUSED_MLP_WORKSPACE_TOO_SMALL;
+  if (!stream)
+    stream = cudaStreamLegacy;
+  Operands first = {};
+  first.rows = args->x;
+  first.weights = args->gate;
+  first.up = args->up;
+  first.bias = args->bias_gate;
+  first.bias_up = args->gated ? args->bias_up : nullptr;
+  first.out = args->workspace;
+  first.rows_stride = x_stride(*args);
+  first.weights_stride = args->gate_stride;
+  first.up_stride = args->up_stride;
+  first.out_stride = args->intermediate_size;
+  first.tokens = args->tokens;
+  first.depth = args->hidden_size;
+  first.columns = args->intermediate_size;
+  first.dtype = args->dtype;
+  first.weights_early = false;
+  if (!finish_of(args->activation, &first.finish, &first.slope))
+    return FUSED_MLP_UNSUPPORTED;
+  status = enqueue(first, args->gated, stream);
+  if (status != FUSED_MLP_OK)
+    return status;
+  Operands second = {};
+  second.rows = args->workspace;
+  second.weights = args->down;
+  second.bias = args->bias_down;
+  second.out = args->out;
+  second.rows_stride = args->intermediate_size;
+  second.weights_stride = args->down_stride;
+  second.out_stride = args->output_size;
+  second.tokens = args->tokens;
+  second.depth = args->intermediate_size;
+  second.columns = args->output_size;
+  second.dtype = args->dtype;
+  second.finish = Finish::None;
+  // The first product waits for all before it, and this one begins only when that has waited.
+  second.weights_early = true;
+  return enqueue(second, false, stream);
+}

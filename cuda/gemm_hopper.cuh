@@ -1,0 +1,671 @@
+// The products of an MLP of many tokens, on Hopper's tensor cores: a kernel for many shapes of tiles.
+//
+// Rows (tokens) times weights' rows, both with their depth contiguous, in tiles. A producer thread keeps a ring of
+// stages in shared memory filled by tensor copies, two warpgroups multiply, and what a tile's sums go through before
+// they are written happens in the registers that hold them: bias, activation, the product of gate and up, rounding. A
+// gated tile's weights are as many rows of the gate as of up, so both sums of a hidden element are in one thread.
+// Launches are programmatically dependent: one begins while the one before ends, and waits for it only where it reads
+// what that writes.
+#pragma once
+#include "decode_common.cuh"
+#include "gemm_kernels.cuh"
+#include "hopper.cuh"
+#include <atomic>
+#include <type_traits>
+
+namespace fused_mlp {
+namespace {
+
+constexpr int DEPTH = 64; // of a stage: elements of a row of 128 bytes
+constexpr int WARPGROUP = 128;
+constexpr int CONSUMERS = 2; // warpgroups
+constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232; // 40 + 2 * 232 = 504 of a multiprocessor's 512
+constexpr int SHARED_BYTES = 227 * 1024;                         // of one block, at most
+
+// A product as the kernel takes it.
+struct Product {
+  CUtensorMap rows;    // tokens x depth, in boxes of `box_rows`
+  CUtensorMap weights; // of a gated tile: the gate
+  CUtensorMap up;      // the other half of a tile's weights: up, or the same weights
+  void *out;
+  const void *bias, *bias_up; // or null
+  long long out_stride;
+  int tokens, columns; // of the output
+  int box_rows;
+  int stages;          // of the whole depth
+  int row_tiles, column_tiles; // row tiles of a cluster
+  int group;           // row tiles that share the weights they read from L2
+  int weights_early;   // the kernel before does not write the weights, and ran after all that may
+  Finish finish;
+  float slope;         // of Swish: v / (1 + exp(-slope v))
+};
+
+// Which way a tile is computed.
+//   ROWS: tokens of a tile, 64 per 64-row product of a warpgroup
+//   COLUMNS: weights' rows of a tile; a gated tile's output has half as many columns
+//   PINGPONG: each warpgroup computes a tile of its own and finishes it while the other one multiplies; else they share
+//   a tile's rows
+//   SHARE: blocks of a cluster, with different rows, that share the copies of their weights
+//   SPLIT: parts of a tile's depth, a block of the cluster each, whose sums are added in the order of the blocks
+template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, bool PINGPONG_, int SHARE_, int SPLIT_> struct Tile {
+  using T = T_;
+  static constexpr bool GATED = GATED_, PINGPONG = PINGPONG_;
+  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SHARE = SHARE_, SPLIT = SPLIT_;
+  static constexpr int CLUSTER = SHARE * SPLIT;
+  static constexpr int OUT_COLUMNS = GATED ? COLUMNS / 2 : COLUMNS;
+  static constexpr int PARTS = ROWS / (PINGPONG ? 64 : 64 * CONSUMERS); // products of 64 rows in a warpgroup
+  static constexpr int SUMS = COLUMNS / 2;                              // of a thread, per part
+  static constexpr int ROW_BYTES = ROWS * SWIZZLE_BYTES, HALF_BYTES = COLUMNS / 2 * SWIZZLE_BYTES;
+  static constexpr int STAGE_BYTES = ROW_BYTES + 2 * HALF_BYTES;
+  static constexpr int BIAS_BYTES = CONSUMERS * COLUMNS * 4;
+  static constexpr int FIT = (SHARED_BYTES - SWIZZLE_ALIGN - BIAS_BYTES - 256) / STAGE_BYTES;
+  static constexpr int STAGES = FIT < 8 ? FIT : 8;
+  static constexpr int TOTAL_BYTES = SWIZZLE_ALIGN + STAGES * STAGE_BYTES + BIAS_BYTES + 16 * STAGES;
+  static_assert((PARTS == 1 || PARTS == 2) && COLUMNS % 16 == 0 && OUT_COLUMNS % 16 == 0,
+                "a tile is whole products and whole stores");
+  static_assert(SPLIT == 1 || (!PINGPONG && ROWS * COLUMNS * 4 <= STAGES * STAGE_BYTES), "sums meet in the stages");
+};
+
+#ifdef FUSED_MLP_HOPPER
+
+__device__ __forceinline__ float reciprocal(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+__device__ __forceinline__ float exp2_of(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
+// The activations of activation.cuh in few instructions, by the fast exponential and reciprocal (some 3 units in the
+// last place of f32): between a tile's products and the next's there is nothing to hide them behind.
+template <Finish FINISH> __device__ __forceinline__ float finished(float v, float slope) {
+  constexpr float LOG2_E = 1.4426950408889634f;
+  if constexpr (FINISH == Finish::Swish)
+    return v * reciprocal(1.f + exp2_of(slope * -LOG2_E * v));
+  if constexpr (FINISH == Finish::GeluTanh)
+    return v * reciprocal(1.f + exp2_of(-LOG2_E * gelu_tanh_argument(v)));
+  if constexpr (FINISH == Finish::Gelu) {
+    // v at 0 or above is v (1 - tail), v below is v tail, with the normal distribution's tail erfc(|v| / sqrt 2) / 2,
+    // which is t (a1 + t (a2 + ...)) exp(-v^2 / 2) with t = 1 / (1 + p |v|) within 1e-7: Abramowitz and Stegun 7.1.26.
+    const float t = reciprocal(fmaf(fabsf(v), 0.231641888f, 1.f)), scaled = v * 0.849321800f;
+    float tail = fmaf(t, 0.530702715f, -0.726576013f);
+    tail = fmaf(t, tail, 0.710706871f);
+    tail = fmaf(t, tail, -0.142248368f);
+    tail = fmaf(t, tail, 0.127414796f) * t * exp2_of(-scaled * scaled);
+    return v * (v < 0.f ? tail : 1.f - tail);
+  }
+  if constexpr (FINISH == Finish::Relu)
+    return relu_of(v);
+  return v;
+}
+
+__device__ __forceinline__ void store_shared(unsigned address, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
+__device__ __forceinline__ float2 load_shared_8(unsigned address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ unsigned pack(__nv_bfloat16, float low, float high) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const unsigned *>(&v);
+}
+__device__ __forceinline__ unsigned pack(__half, float low, float high) {
+  const __half2 v = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const unsigned *>(&v);
+}
+
+// Finishes and writes 16 columns of a tile, the `unit`th, of the rows `row` and `row` + 8: values[i][2 r + e] is row +
+// 8 r, column 8 i + 2 (lane % 4) + e. Neighbouring lanes swap, so that each writes four columns that lie together.
+// `biases` is the tile's in shared memory, or 0 where there is none.
+template <class K, Finish FINISH>
+__device__ __forceinline__ void write_columns(const Product &p, int row, int column, int unit, unsigned biases,
+                                              const float (&values)[2][4], const float (&up)[2][4]) {
+  const int lane = threadIdx.x % 32;
+  unsigned packed[2][2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float2 bias = {0.f, 0.f}, bias_up = {0.f, 0.f};
+    if (biases) {
+      const unsigned at = biases + 4 * (16 * unit + 8 * i + 2 * (lane % 4));
+      bias = load_shared_8(at);
+      if (K::GATED)
+        bias_up = load_shared_8(at + 4 * K::OUT_COLUMNS);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float low = finished<FINISH>(values[i][2 * r] + bias.x, p.slope);
+      float high = finished<FINISH>(values[i][2 * r + 1] + bias.y, p.slope);
+      if (K::GATED) {
+        low *= up[i][2 * r] + bias_up.x;
+        high *= up[i][2 * r + 1] + bias_up.y;
+      }
+      packed[i][r] = pack(typename K::T(), low, high);
+    }
+  }
+  const bool odd = lane & 1;
+  const int from = column + 16 * unit + (odd ? 8 : 0) + 2 * (lane & 2);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const unsigned own = odd ? packed[1][r] : packed[0][r];
+    const unsigned other = __shfl_xor_sync(0xffffffffu, odd ? packed[0][r] : packed[1][r], 1);
+    if (row + 8 * r < p.tokens && from < p.columns)
+      *reinterpret_cast<uint2 *>(static_cast<typename K::T *>(p.out) + (row + 8 * r) * p.out_stride + from) =
+          odd ? make_uint2(other, own) : make_uint2(own, other);
+  }
+}
+
+// A thread's sums of 16 output columns, the `unit`th: of the gate, or of plain columns, and of up.
+template <class K, typename Sum>
+__device__ __forceinline__ void gather(Sum sum, int unit, float (&values)[2][4], float (&up)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      values[i][j] = sum(4 * (2 * unit + i) + j);
+      if (K::GATED)
+        up[i][j] = sum(4 * (2 * unit + i) + j + K::SUMS / 2);
+    }
+}
+
+// Registers have no index at run time, so code for every unit of a tile would be tens of kilobytes, which a
+// multiprocessor fetches anew whenever other kernels ran in between. This loop has code for a few units, and moves the
+// others' sums to where those were.
+template <class K, Finish FINISH>
+__device__ __forceinline__ void write_tile(const Product &p, float (&sums)[K::PARTS][K::SUMS], int row, int column,
+                                           unsigned biases) {
+  constexpr int UNITS = K::OUT_COLUMNS / 16, HALF = K::GATED ? K::SUMS / 2 : K::SUMS;
+  // Two parts leave no registers for that; there the other warpgroup multiplies meanwhile.
+  constexpr int STEP = K::PARTS == 2   ? UNITS
+                       : UNITS % 4 == 0 ? 4
+                       : UNITS % 3 == 0 ? 3
+                       : UNITS % 2 == 0 ? 2
+                                        : 1;
+#pragma unroll 1
+  for (int first = 0; first < UNITS; first += STEP) {
+#pragma unroll
+    for (int part = 0; part < K::PARTS; ++part)
+#pragma unroll
+      for (int unit = 0; unit < STEP; ++unit) {
+        float values[2][4], up[2][4];
+        gather<K>([&](int i) { return sums[part][i]; }, unit, values, up);
+        write_columns<K, FINISH>(p, row + 64 * part, column, first + unit, biases, values, up);
+        if (K::PARTS == 2)
+          __syncwarp(); // one unit after the other, for want of registers
+      }
+#pragma unroll
+    for (int half = 0; half < K::SUMS; half += HALF)
+#pragma unroll
+      for (int i = 0; i + 8 * STEP < HALF; ++i)
+        sums[0][half + i] = sums[0][half + i + 8 * STEP];
+  }
+}
+
+// Calls `write` with the finish as a constant: the choice is made once a tile.
+template <bool GATED, typename Write> __device__ __forceinline__ void with_finish(Finish finish, Write write) {
+  switch (finish) {
+  case Finish::Swish: return write(std::integral_constant<Finish, Finish::Swish>());
+  case Finish::Gelu: return write(std::integral_constant<Finish, Finish::Gelu>());
+  case Finish::GeluTanh: return write(std::integral_constant<Finish, Finish::GeluTanh>());
+  case Finish::Relu: return write(std::integral_constant<Finish, Finish::Relu>());
+  default:
+    if (!GATED)
+      write(std::integral_constant<Finish, Finish::None>());
+  }
+}
+
+template <class K> struct Ring {
+  unsigned base; // of the stages, then each consumer's biases of a tile, then the barriers
+  __device__ unsigned rows(int stage) const { return base + stage * K::STAGE_BYTES; }
+  __device__ unsigned weights(int stage) const { return rows(stage) + K::ROW_BYTES; }
+  __device__ unsigned biases(int consumer) const { return rows(K::STAGES) + consumer * K::COLUMNS * 4; }
+  __device__ unsigned full(int stage) const { return rows(K::STAGES) + K::BIAS_BYTES + 8 * stage; }
+  __device__ unsigned empty(int stage) const { return full(stage) + 8 * K::STAGES; }
+};
+
+// The tile of a number: rows fastest within a group of row tiles, whose rows stay in L2 while the weights go by.
+__device__ __forceinline__ int group_height(const Product &p, int tile) {
+  return min(p.group, p.row_tiles - tile / (p.group * p.column_tiles) * p.group);
+}
+__device__ __forceinline__ int row_tile_of(const Product &p, int tile) {
+  const int per_group = p.group * p.column_tiles;
+  return tile / per_group * p.group + tile % per_group % group_height(p, tile);
+}
+// Its first column of the output.
+template <class K> __device__ __forceinline__ int column_of(const Product &p, int tile) {
+  return tile % (p.group * p.column_tiles) / group_height(p, tile) * K::OUT_COLUMNS;
+}
+
+// A block's place in its cluster.
+template <class K> struct Place {
+  int share, split;
+  __device__ explicit Place(unsigned rank) : share(rank % K::SHARE), split(rank / K::SHARE) {}
+  __device__ unsigned rank_of(int share, int split) const { return split * K::SHARE + share; }
+  // Its part of a tile's stages.
+  __device__ int first_stage(int stages) const { return split * stages / K::SPLIT; }
+  __device__ int end_stage(int stages) const { return (split + 1) * stages / K::SPLIT; }
+};
+
+// The same for a tile whose sums are in as many parts as the cluster has blocks; each block writes a share of the
+// columns.
+template <class K, Finish FINISH>
+__device__ __forceinline__ void write_split_tile(const Product &p, unsigned sums_at, const Place<K> &at, int row,
+                                                 int column, unsigned biases) {
+  constexpr int UNITS = K::OUT_COLUMNS / 16;
+  const unsigned thread = sums_at + 4 * (threadIdx.x - WARPGROUP);
+  for (int unit = at.split * UNITS / K::SPLIT; unit < (at.split + 1) * UNITS / K::SPLIT; ++unit)
+#pragma unroll
+    for (int part = 0; part < K::PARTS; ++part) {
+      float values[2][4], up[2][4];
+      gather<K>(
+          [&](int i) {
+            const unsigned address = thread + 4 * CONSUMERS * WARPGROUP * (part * K::SUMS + i);
+            float sum = 0.f;
+#pragma unroll
+            for (int block = 0; block < K::SPLIT; ++block)
+              sum += load_from_cluster(cluster_address(address, at.rank_of(at.share, block)));
+            return sum;
+          },
+          unit, values, up);
+      write_columns<K, FINISH>(p, row + 64 * part, column, unit, biases, values, up);
+    }
+}
+
+template <class K> __device__ __forceinline__ void produce(const Product &p, const Ring<K> &ring, const Place<K> &at) {
+  const int step = gridDim.x / K::CLUSTER, tiles = p.row_tiles * p.column_tiles;
+  const int first_stage = at.first_stage(p.stages), end_stage = at.end_stage(p.stages);
+  int row = 0, column = 0, boxes = 0;
+  const auto place = [&](int tile) {
+    row = (row_tile_of(p, tile) * K::SHARE + at.share) * K::ROWS;
+    column = column_of<K>(p, tile);
+    // None of those that lie outside: they would take longer than what is there. Their rows' sums go nowhere.
+    boxes = min(max(p.tokens - row + p.box_rows - 1, 0), K::ROWS) / p.box_rows;
+  };
+  const auto expect = [&](int stage) {
+    barrier_arrive_expect(ring.full(stage), boxes * p.box_rows * SWIZZLE_BYTES + 2 * K::HALF_BYTES);
+  };
+  // Half of a tile's weights: the gate's or up's rows, or rows of the one weight.
+  const auto half_map = [&](int half) { return half == 0 ? &p.weights : &p.up; };
+  const auto half_row = [&](int half) { return K::GATED ? column : column + half * (K::COLUMNS / 2); };
+  const unsigned long long once = evict_first_policy(), again = evict_normal_policy();
+  const unsigned long long weights_policy = p.row_tiles == 1 ? once : again;
+  const auto copy_weights = [&](int stage, int depth) {
+    if constexpr (K::SHARE == 1) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        copy_box(ring.weights(stage) + half * K::HALF_BYTES, half_map(half), depth * DEPTH, half_row(half),
+                 ring.full(stage), weights_policy);
+    } else {
+      static_assert(K::SHARE == 2, "a block copies half of the weights");
+      copy_box_to_cluster(ring.weights(stage) + at.share * K::HALF_BYTES, half_map(at.share), depth * DEPTH,
+                          half_row(at.share), ring.full(stage), 3 << at.rank_of(0, at.split), weights_policy);
+    }
+  };
+  const auto copy_rows = [&](int stage, int depth) {
+    for (int box = 0; box < boxes; ++box)
+      copy_box(ring.rows(stage) + box * p.box_rows * SWIZZLE_BYTES, &p.rows, depth * DEPTH, row + box * p.box_rows,
+               ring.full(stage), again);
+  };
+
+  int tile = blockIdx.x / K::CLUSTER, depth = first_stage;
+  place(tile);
+  // What can be asked for before the kernel before is over.
+  const int early = min(end_stage - first_stage, static_cast<int>(K::STAGES));
+  for (int i = 0; i < early; ++i) {
+    if (p.weights_early) {
+      expect(i);
+      copy_weights(i, first_stage + i);
+    } else if (K::SHARE == 1) {
+      prefetch_box(&p.weights, (first_stage + i) * DEPTH, half_row(0));
+      prefetch_box(&p.up, (first_stage + i) * DEPTH, half_row(1));
+    } else {
+      prefetch_box(half_map(at.share), (first_stage + i) * DEPTH, half_row(at.share));
+    }
+  }
+  wait_for_previous_kernel();
+  release_next_kernel();
+  int stage = 0;
+  unsigned parity = 1;
+  if (p.weights_early) {
+    for (; stage < early; ++stage)
+      copy_rows(stage, first_stage + stage);
+    depth += early;
+    if (stage == K::STAGES) {
+      stage = 0;
+      parity = 0;
+    }
+  }
+  for (;;) {
+    for (; depth < end_stage; ++depth) {
+      barrier_wait(ring.empty(stage), parity);
+      expect(stage);
+      copy_rows(stage, depth);
+      copy_weights(stage, depth);
+      if (++stage == K::STAGES) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+    tile += step;
+    if (tile >= tiles)
+      return;
+    place(tile);
+    depth = first_stage;
+  }
+}
+
+// A tile's bias of its i-th row of weights; 0 where there is none.
+template <class K> __device__ __forceinline__ float bias_of(const Product &p, int column, int i) {
+  const bool second = K::GATED && i >= K::OUT_COLUMNS;
+  const void *const bias = second ? p.bias_up : p.bias;
+  const int at = column + (second ? i - K::OUT_COLUMNS : i);
+  return bias && i < K::COLUMNS && at < p.columns ? to_float(static_cast<const typename K::T *>(bias)[at]) : 0.f;
+}
+
+__device__ __forceinline__ void meet_warpgroup(int consumer) {
+  asm volatile("bar.sync %0, %1;" ::"r"(4 + consumer), "n"(WARPGROUP) : "memory");
+}
+
+template <class K> __device__ __forceinline__ void consume(const Product &p, const Ring<K> &ring, const Place<K> &at) {
+  using T = typename K::T;
+  wait_for_previous_kernel();
+  const int consumer = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP;
+  const int step = gridDim.x / K::CLUSTER, tiles = p.row_tiles * p.column_tiles;
+  const int stages = at.end_stage(p.stages) - at.first_stage(p.stages);
+  const bool has_biases = p.bias || p.bias_up;
+  const int rows_from = K::PINGPONG ? 0 : consumer * 64 * K::PARTS;
+  const auto release = [&](int stage) {
+    if constexpr (K::SHARE == 1) {
+      if (thread == 0)
+        barrier_arrive(ring.empty(stage));
+    } else if (thread < K::SHARE) {
+      barrier_arrive_in_cluster(cluster_address(ring.empty(stage), at.rank_of(thread, at.split)));
+    }
+  };
+  const int first_tile = blockIdx.x / K::CLUSTER;
+  int tile = first_tile, count = 0; // stages that this block's consumers have gone through
+  if (K::PINGPONG && consumer == 1) {
+    tile += step;
+    count = stages;
+  }
+  for (; tile < tiles; tile += K::PINGPONG ? 2 * step : step) {
+    // Asked for before the products, put in shared memory after them. While a warpgroup of a pair waits the other
+    // multiplies, so there it keeps no registers for that.
+    float bias[(K::COLUMNS + WARPGROUP - 1) / WARPGROUP];
+    const auto load_biases = [&] {
+      if (has_biases)
+#pragma unroll
+        for (int i = 0; i * WARPGROUP < K::COLUMNS; ++i)
+          bias[i] = bias_of<K>(p, column_of<K>(p, tile), thread + i * WARPGROUP);
+    };
+    if (!K::PINGPONG)
+      load_biases();
+    float sums[K::PARTS][K::SUMS];
+#pragma unroll
+    for (int part = 0; part < K::PARTS; ++part)
+#pragma unroll
+      for (int i = 0; i < K::SUMS; ++i)
+        sums[part][i] = 0.f;
+    int stage = count % K::STAGES, before = 0;
+    unsigned parity = count / K::STAGES % 2;
+    // A barrier tells one phase from the next, not from the one after that: the other warpgroup's stages come first.
+    if (K::PINGPONG && tile != first_tile)
+      asm volatile("bar.sync %0, %1;" ::"r"(2 + consumer), "n"(CONSUMERS * WARPGROUP) : "memory");
+    for (int depth = 0; depth < stages; ++depth) {
+      barrier_wait(ring.full(stage), parity);
+      products_begin();
+      const unsigned long long weights = tile_descriptor(ring.weights(stage));
+#pragma unroll
+      for (int k = 0; k < DEPTH / 16; ++k)
+#pragma unroll
+        for (int part = 0; part < K::PARTS; ++part)
+          WarpgroupProduct<T, K::COLUMNS>::add(
+              sums[part], tile_descriptor(ring.rows(stage) + (rows_from + 64 * part) * SWIZZLE_BYTES) + 2 * k,
+              weights + 2 * k);
+      products_commit();
+      if (depth > 0) {
+        products_wait<1>();
+        release(before);
+      }
+      before = stage;
+      if (++stage == K::STAGES) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+    if (K::PINGPONG && tile + step < tiles)
+      asm volatile("bar.arrive %0, %1;" ::"r"(3 - consumer), "n"(CONSUMERS * WARPGROUP) : "memory");
+    products_wait<0>();
+#pragma unroll
+    for (int part = 0; part < K::PARTS; ++part)
+      pin(sums[part]);
+    release(before);
+    count += K::PINGPONG ? 2 * stages : stages;
+
+    const int row_tile = row_tile_of(p, tile) * K::SHARE + at.share;
+    const int row = row_tile * K::ROWS + rows_from + thread / 32 * 16 + thread % 32 / 4;
+    const int column = column_of<K>(p, tile);
+    unsigned biases = 0;
+    if (K::PINGPONG)
+      load_biases();
+    if (has_biases) {
+      biases = ring.biases(consumer);
+      meet_warpgroup(consumer); // nobody reads the last tile's any more
+#pragma unroll
+      for (int i = 0; i * WARPGROUP < K::COLUMNS; ++i)
+        if (thread + i * WARPGROUP < K::COLUMNS)
+          store_shared(biases + 4 * (thread + i * WARPGROUP), bias[i]);
+      meet_warpgroup(consumer);
+    }
+    if constexpr (K::SPLIT == 1) {
+      with_finish<K::GATED>(p.finish, [&](auto finish) { write_tile<K, finish>(p, sums, row, column, biases); });
+    } else {
+      asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * WARPGROUP) : "memory"); // both are done with the stages
+#pragma unroll
+      for (int part = 0; part < K::PARTS; ++part)
+#pragma unroll
+        for (int i = 0; i < K::SUMS; ++i)
+          store_shared(ring.base + 4 * (CONSUMERS * WARPGROUP * (part * K::SUMS + i) + threadIdx.x - WARPGROUP),
+                       sums[part][i]);
+      cluster_sync();
+      with_finish<K::GATED>(p.finish,
+                            [&](auto finish) { write_split_tile<K, finish>(p, ring.base, at, row, column, biases); });
+    }
+  }
+}
+
+#endif // FUSED_MLP_HOPPER
+
+template <class K> __global__ void __launch_bounds__(THREADS, 1) product_kernel(const __grid_constant__ Product p) {
+#ifdef FUSED_MLP_HOPPER
+  extern __shared__ unsigned char shared[];
+  const Ring<K> ring{(shared_address(shared) + SWIZZLE_ALIGN - 1) / SWIZZLE_ALIGN * SWIZZLE_ALIGN};
+  const Place<K> at(K::CLUSTER == 1 ? 0 : cluster_rank());
+  if (threadIdx.x == 0) {
+    prefetch_map(&p.rows);
+    prefetch_map(&p.weights);
+    prefetch_map(&p.up);
+    for (int stage = 0; stage < K::STAGES; ++stage) {
+      barrier_init(ring.full(stage), 1);
+      barrier_init(ring.empty(stage), (K::PINGPONG ? 1 : CONSUMERS) * K::SHARE);
+    }
+    publish_barriers();
+  }
+  if constexpr (K::CLUSTER == 1)
+    __syncthreads();
+  else
+    cluster_meet();
+  if (threadIdx.x < WARPGROUP) {
+    give_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0)
+      produce(p, ring, at);
+    __syncwarp();
+    if (K::SPLIT > 1)
+      cluster_sync(); // where the consumers exchange sums
+  } else {
+    take_registers<CONSUMER_REGISTERS>();
+    consume(p, ring, at);
+  }
+  if (K::CLUSTER > 1)
+    cluster_meet(); // nobody reads or copies into a block that has ended
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launchers
+
+// Row tiles of so many tokens take turns with the weights that go by: what a wave of blocks reads fits L2.
+constexpr int GROUP_TOKENS = 4096;
+constexpr int MAX_DEVICES = 64;
+
+// Blocks that the device runs at once, in whole clusters; asked for once.
+template <class K> int resident_blocks(int *blocks) {
+  static std::atomic<int> known[MAX_DEVICES];
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess)
+    return error;
+  if (device >= MAX_DEVICES)
+    return FUSED_MLP_UNSUPPORTED;
+  *blocks = known[device].load(std::memory_order_acquire);
+  if (*blocks > 0)
+    return FUSED_MLP_OK;
+  error = cudaFuncSetAttribute(product_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, K::TOTAL_BYTES);
+  if (error != cudaSuccess)
+    return error;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {K::CLUSTER, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(K::CLUSTER);
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = K::TOTAL_BYTES;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int clusters = 0;
+  error = cudaOccupancyMaxActiveClusters(&clusters, product_kernel<K>, &config);
+  if (error != cudaSuccess)
+    return error;
+  if (clusters == 0)
+    return FUSED_MLP_UNSUPPORTED;
+  *blocks = clusters * K::CLUSTER;
+  known[device].store(*blocks, std::memory_order_release);
+  return FUSED_MLP_OK;
+}
+
+inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+template <class K> int enqueue(const Operands &o, cudaStream_t stream) {
+  int blocks = 0, status = resident_blocks<K>(&blocks);
+  Product p;
+  // Whole rows only of so few tokens: a box that ends outside takes longer.
+  p.box_rows = o.tokens < K::ROWS ? o.tokens : 64;
+  if (status == FUSED_MLP_OK)
+    status = encode_tensor_map(&p.rows, o.dtype, o.rows, o.tokens, o.depth, o.rows_stride, p.box_rows);
+  if (status == FUSED_MLP_OK)
+    status = encode_tensor_map(&p.weights, o.dtype, o.weights, o.columns, o.depth, o.weights_stride, K::COLUMNS / 2);
+  if (status == FUSED_MLP_OK)
+    status = encode_tensor_map(&p.up, o.dtype, K::GATED ? o.up : o.weights, o.columns, o.depth,
+                               K::GATED ? o.up_stride : o.weights_stride, K::COLUMNS / 2);
+  if (status != FUSED_MLP_OK)
+    return status;
+  p.out = o.out;
+  p.bias = o.bias;
+  p.bias_up = o.bias_up;
+  p.out_stride = o.out_stride;
+  p.tokens = o.tokens;
+  p.columns = o.columns;
+  p.stages = ceil_div(o.depth, DEPTH);
+  p.row_tiles = ceil_div(o.tokens, K::ROWS * K::SHARE);
+  p.column_tiles = ceil_div(o.columns, K::OUT_COLUMNS);
+  p.group = GROUP_TOKENS / (K::ROWS * K::SHARE);
+  p.weights_early = o.weights_early;
+  p.finish = o.finish;
+  p.slope = o.slope;
+
+  const int tiles = p.row_tiles * p.column_tiles * K::CLUSTER;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {K::CLUSTER, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  // Blocks of a split tile do not go on to another one.
+  config.gridDim = dim3(K::SPLIT == 1 && blocks < tiles ? blocks : tiles);
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = K::TOTAL_BYTES;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, product_kernel<K>, p);
+}
+
+template <class K> constexpr Variant variant() {
+  return {K::GATED, K::PINGPONG, K::ROWS,            K::COLUMNS, K::OUT_COLUMNS,
+          K::SHARE, K::SPLIT,    resident_blocks<K>, enqueue<K>};
+}
+
+// The architecture that the code which runs on the current device was compiled for, and the one that it runs as.
+template <class K> int compiled_for(int *source, int *binary) {
+  cudaFuncAttributes attributes = {};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, product_kernel<K>);
+  *source = attributes.ptxVersion;
+  *binary = attributes.binaryVersion;
+  return error;
+}
+
+// The tiles that were fastest for some shape, and no slower than others for shapes between (PERFORMANCE.md).
+template <typename T> const Variant *variants_of(int *count) {
+  static const Variant variants[] = {
+      // Gated: rows, weights' rows, ping-pong, share, split.
+      variant<Tile<T, true, 128, 64, false, 1, 1>>(),
+      variant<Tile<T, true, 128, 96, false, 1, 1>>(),
+      variant<Tile<T, true, 128, 128, false, 1, 1>>(),
+      variant<Tile<T, true, 128, 192, false, 1, 1>>(),
+      variant<Tile<T, true, 128, 224, false, 1, 1>>(),
+      variant<Tile<T, true, 128, 96, false, 2, 1>>(),
+      variant<Tile<T, true, 128, 128, false, 2, 1>>(),
+      variant<Tile<T, true, 128, 192, false, 2, 1>>(),
+      variant<Tile<T, true, 128, 224, false, 2, 1>>(),
+      variant<Tile<T, true, 128, 256, false, 2, 1>>(),
+      variant<Tile<T, true, 128, 160, true, 2, 1>>(),
+      variant<Tile<T, true, 128, 192, true, 2, 1>>(),
+      variant<Tile<T, true, 64, 256, true, 2, 1>>(),
+      // Plain.
+      variant<Tile<T, false, 128, 64, false, 1, 1>>(),
+      variant<Tile<T, false, 128, 96, false, 1, 1>>(),
+      variant<Tile<T, false, 128, 128, false, 1, 1>>(),
+      variant<Tile<T, false, 128, 192, false, 1, 1>>(),
+      variant<Tile<T, false, 128, 64, false, 2, 1>>(),
+      variant<Tile<T, false, 128, 96, false, 2, 1>>(),
+      variant<Tile<T, false, 128, 128, false, 2, 1>>(),
+      variant<Tile<T, false, 128, 144, false, 2, 1>>(),
+      variant<Tile<T, false, 128, 160, false, 2, 1>>(),
+      variant<Tile<T, false, 128, 192, false, 2, 1>>(),
+      variant<Tile<T, false, 128, 224, false, 2, 1>>(),
+      variant<Tile<T, false, 128, 256, false, 2, 1>>(),
+      variant<Tile<T, false, 64, 256, true, 2, 1>>(),
+      variant<Tile<T, false, 128, 64, false, 1, 2>>(),
+      variant<Tile<T, false, 128, 128, false, 1, 2>>(),
+      variant<Tile<T, false, 128, 192, false, 1, 2>>(),
+      variant<Tile<T, false, 128, 64, false, 1, 4>>(),
+      variant<Tile<T, false, 128, 96, false, 1, 4>>(),
+      variant<Tile<T, false, 128, 128, false, 1, 4>>(),
+      variant<Tile<T, false, 128, 192, false, 1, 4>>(),
+      variant<Tile<T, false, 128, 128, false, 1, 8>>(),
+      variant<Tile<T, false, 128, 128, false, 2, 2>>(),
+      variant<Tile<T, false, 128, 192, false, 2, 2>>(),
+      variant<Tile<T, false, 128, 128, false, 2, 4>>(),
+  };
+  *count = sizeof(variants) / sizeof(variants[0]);
+  return variants;
+}
+
+} // namespace
+} // namespace fused_mlp

@@ -1,0 +1,38 @@
+// What the chooser (gemm.cu) knows of the products' kernels.
+#pragma once
+#include "fused_mlp.h"
+#include <cuda_runtime.h>
+
+namespace fused_mlp {
+
+// What happens to a sum before it is rounded.
+enum class Finish { None, Swish, Gelu, GeluTanh, Relu };
+
+// One product: out = finish(rows weights^T + bias), or of a gated tile finish(...) * (rows up^T + bias_up).
+struct Operands {
+  const void *rows, *weights, *up, *bias, *bias_up; // biases may be null
+  void *out;
+  long long rows_stride, weights_stride, up_stride, out_stride; // elements
+  int tokens, depth, columns;                                   // of the output; the weights have `columns` rows
+  int dtype;
+  Finish finish;
+  float slope;        // of Swish: v / (1 + exp(-slope v))
+  bool weights_early; // the kernel before does not write the weights, and ran after all that may
+};
+
+// One shape of tiles, as in gemm_hopper.cuh.
+struct Variant {
+  bool gated, pingpong;
+  int rows, weights, columns; // of a tile: tokens, rows of weights, columns of the output
+  int share, split;
+  int (*resident)(int *blocks); // that the device runs at once, in whole clusters
+  int (*enqueue)(const Operands &operands, cudaStream_t stream);
+};
+
+// All of a dtype.
+const Variant *gemm_variants_bf16(int *count);
+const Variant *gemm_variants_f16(int *count);
+// The architecture that the kernels' code for the current device was compiled for, and the one that it runs as.
+int gemm_compiled_for(int *source, int *binary);
+
+} // namespace fused_mlp

@@ -1,0 +1,478 @@
+// Checks and times the products for many tokens on a GPU, tile by tile, without Rust between. From the folder `cuda`:
+//
+//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -I. -o harness/gemm harness/gemm.cu gemm.cu gemm_hopper_bf16.cu
+//     gemm_hopper_f16.cu elementwise.cu -lcublas
+//
+//   gemm check          every tile against f64, poisoned outputs, twice the same bits
+//   gemm sweep SHAPE|all WINDOW_US TOKENS...
+//                       every tile on the shapes of PERFORMANCE.md: each product alone and beside the other, the choice of
+//                       gemm.cu, cuBLAS with one elementwise launch; a cold stack of weights, in CUDA graphs
+#include "activation.cuh"
+#include "element.cuh"
+#include "gemm_kernels.cuh"
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <cublas_v2.h>
+#include <functional>
+#include <string>
+#include <unistd.h>
+#include <vector>
+
+#define CUDA_OK(call)                                                                                                  \
+  do {                                                                                                                 \
+    const int error_ = static_cast<int>(call);                                                                         \
+    if (error_ != 0) {                                                                                                 \
+      std::printf("%s:%d: %s: %d %s\n", __FILE__, __LINE__, #call, error_,                                             \
+                  error_ > 0 ? cudaGetErrorString(static_cast<cudaError_t>(error_)) : "");                             \
+      std::fflush(stdout);                                                                                             \
+      std::exit(2);                                                                                                    \
+    }                                                                                                                  \
+  } while (0)
+
+namespace fused_mlp {
+namespace {
+
+using B = __nv_bfloat16;
+
+std::vector<Variant> all_variants() {
+  int count = 0;
+  const Variant *const v = gemm_variants_bf16(&count);
+  return std::vector<Variant>(v, v + count);
+}
+const std::vector<Variant> VARIANTS = all_variants();
+
+// The activations that the kernels have, as in gemm.cu.
+bool finish_of(Activation activation, Finish *finish, float *slope) {
+  *slope = activation == Activation::QuickGelu ? 1.702f : 1.f;
+  switch (activation) {
+  case Activation::Silu:
+  case Activation::QuickGelu: *finish = Finish::Swish; return true;
+  case Activation::Gelu: *finish = Finish::Gelu; return true;
+  case Activation::GeluTanh: *finish = Finish::GeluTanh; return true;
+  case Activation::Relu: *finish = Finish::Relu; return true;
+  default: return false;
+  }
+}
+
+std::string name_of(const Variant &v) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%s %dx%d%s%s%s", v.gated ? "gated" : "plain", v.rows, v.weights,
+                v.pingpong ? " pp" : "", v.share > 1 ? " share2" : "",
+                v.split > 1 ? (v.split == 2 ? " split2" : v.split == 4 ? " split4" : " split8") : "");
+  return text;
+}
+
+__device__ unsigned mix(unsigned v) {
+  v ^= v >> 16;
+  v *= 0x7feb352dU;
+  v ^= v >> 15;
+  v *= 0x846ca68bU;
+  return v ^ (v >> 16);
+}
+__global__ void fill_normal(B *p, long long n, unsigned seed, float scale) {
+  for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += (long long)gridDim.x * blockDim.x) {
+    const unsigned a = mix(unsigned(i) * 2654435761U + mix(seed + unsigned(i >> 32))), b = mix(a + 0x9e3779b9U);
+    const float r = sqrtf(-2.f * logf((a + 1.f) * (1.f / 4294967808.f)));
+    p[i] = __float2bfloat16_rn(scale * r * cospif(b * (2.f / 4294967296.f)));
+  }
+}
+B *normal(long long n, float scale) {
+  static unsigned seed = 1;
+  B *p;
+  CUDA_OK(cudaMalloc(&p, n * 2));
+  fill_normal<<<1024, 256>>>(p, n, seed++, scale);
+  return p;
+}
+
+// One product in f64, an element a thread.
+__global__ void reference(Operands o, bool gated, Activation activation, bool none, double *out) {
+  const long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+  if (i >= (long long)o.tokens * o.columns)
+    return;
+  const int row = i / o.columns, column = i % o.columns;
+  const B *x = (const B *)o.rows + row * o.rows_stride, *w = (const B *)o.weights + column * o.weights_stride;
+  const B *u = gated ? (const B *)o.up + column * o.up_stride : nullptr;
+  double g = o.bias ? (double)to_float(((const B *)o.bias)[column]) : 0;
+  double v = o.bias_up ? (double)to_float(((const B *)o.bias_up)[column]) : 0;
+  for (int k = 0; k < o.depth; ++k) {
+    g += (double)to_float(x[k]) * to_float(w[k]);
+    if (gated)
+      v += (double)to_float(x[k]) * to_float(u[k]);
+  }
+  if (!none)
+    g = activate(activation, 0.0, g);
+  out[i] = gated ? g * v : g;
+}
+__global__ void compare(const B *out, long long stride, const double *reference, int tokens, int columns, double *sums) {
+  double difference = 0, norm = 0, bad = 0;
+  for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < (long long)tokens * columns;
+       i += (long long)gridDim.x * blockDim.x) {
+    const double v = to_float(out[i / columns * stride + i % columns]), r = reference[i];
+    if (!isfinite(v) || !isfinite(r))
+      bad += 1;
+    else
+      difference += (v - r) * (v - r);
+    norm += r * r;
+  }
+  atomicAdd(sums, difference);
+  atomicAdd(sums + 1, norm);
+  atomicAdd(sums + 2, bad);
+}
+
+double error_of(const Operands &o, bool gated, Activation activation, bool none) {
+  double *r, *sums, h[3];
+  const long long n = (long long)o.tokens * o.columns;
+  CUDA_OK(cudaMalloc(&r, n * 8));
+  CUDA_OK(cudaMalloc(&sums, 24));
+  CUDA_OK(cudaMemset(sums, 0, 24));
+  reference<<<(n + 255) / 256, 256>>>(o, gated, activation, none, r);
+  compare<<<256, 256>>>((const B *)o.out, o.out_stride, r, o.tokens, o.columns, sums);
+  CUDA_OK(cudaMemcpy(h, sums, 24, cudaMemcpyDeviceToHost));
+  cudaFree(r);
+  cudaFree(sums);
+  return h[2] > 0 ? INFINITY : std::sqrt(h[0] / h[1]);
+}
+
+int check(bool quick) {
+  int failures = 0, cases = 0;
+  double worst = 0;
+  const struct {
+    int tokens, depth, columns, pad;
+  } sizes[] = {{70, 72, 200, 0}, {129, 576, 520, 8},   {300, 1024, 1536, 0},
+               {1, 64, 8, 0},    {515, 1544, 1000, 0}, {2100, 576, 4104, 0}};
+  const Activation activations[] = {Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu,
+                                    Activation::QuickGelu};
+  for (const Variant &v : VARIANTS) {
+    for (int s = 0; s < (quick ? 2 : 6); ++s) {
+      const auto &size = sizes[s];
+      const Activation activation = activations[(s + cases) % 5];
+      Operands o = {};
+      o.tokens = size.tokens;
+      o.depth = size.depth;
+      o.columns = size.columns;
+      o.rows_stride = o.weights_stride = o.up_stride = size.depth + size.pad;
+      o.out_stride = size.columns + (s == 2 ? 4 : 0);
+      o.dtype = FUSED_MLP_BF16;
+      const bool none = !v.gated && s % 2 == 1;
+      if (!finish_of(activation, &o.finish, &o.slope))
+        return 1;
+      if (none)
+        o.finish = Finish::None;
+      const float scale = 1.f / std::sqrt(float(size.depth));
+      o.rows = normal(o.tokens * o.rows_stride, 1.f);
+      o.weights = normal(o.columns * o.weights_stride, scale);
+      o.up = v.gated ? normal(o.columns * o.up_stride, scale) : nullptr;
+      o.bias = s % 3 != 1 ? normal(o.columns, 0.5f) : nullptr;
+      o.bias_up = v.gated && s % 2 == 0 ? normal(o.columns, 0.5f) : nullptr;
+      const size_t bytes = o.tokens * o.out_stride * 2;
+      std::vector<char> first(bytes), second(bytes);
+      CUDA_OK(cudaMalloc(&o.out, bytes));
+      for (int run = 0; run < 2; ++run) {
+        o.weights_early = run;
+        CUDA_OK(cudaMemset(o.out, 0xff, bytes));
+        CUDA_OK(v.enqueue(o, 0));
+        CUDA_OK(cudaMemcpy((run ? second : first).data(), o.out, bytes, cudaMemcpyDeviceToHost));
+      }
+      const double error = error_of(o, v.gated, activation, none);
+      const bool same = first == second;
+      ++cases;
+      worst = std::max(worst, error);
+      if (error > 4e-3 || !same) {
+        ++failures;
+        std::printf("FAILED %s %dx%dx%d activation %d: error %g, %s\n", name_of(v).c_str(), o.tokens, o.depth, o.columns,
+                    int(activation), error, same ? "same bits" : "bits differ");
+      }
+      for (const void *p : {o.rows, o.weights, o.up, o.bias, o.bias_up, (const void *)o.out})
+        cudaFree(const_cast<void *>(p));
+    }
+  }
+  std::printf("check: %d cases, %d failures, largest error %.2e\n", cases, failures, worst);
+  return failures != 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Timing
+
+struct Shape2 {
+  const char *name;
+  int gated, hidden, intermediate;
+};
+const Shape2 SHAPES[] = {{"swiglu 4096x14336", 1, 4096, 14336}, {"swiglu 8192x28672", 1, 8192, 28672},
+                         {"swiglu 2048x8192", 1, 2048, 8192},   {"swiglu 2048x5632", 1, 2048, 5632},
+                         {"swiglu 576x1536", 1, 576, 1536},     {"mlp 4096x4096", 0, 4096, 4096},
+                         {"mlp 1280x5120", 0, 1280, 5120},      {"mlp 768x3072", 0, 768, 3072}};
+
+struct Graph {
+  cudaGraphExec_t exec = nullptr;
+  Graph(int launches, const std::function<void(int)> &launch) {
+    CUDA_OK(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < launches; ++i)
+      launch(i);
+    cudaGraph_t graph;
+    CUDA_OK(cudaStreamEndCapture(stream(), &graph));
+    CUDA_OK(cudaGraphInstantiate(&exec, graph, 0));
+    CUDA_OK(cudaGraphDestroy(graph));
+  }
+  Graph(const Graph &) = delete;
+  Graph(Graph &&o) : exec(o.exec) { o.exec = nullptr; }
+  ~Graph() {
+    if (exec)
+      cudaGraphExecDestroy(exec);
+  }
+  static cudaStream_t stream() {
+    static cudaStream_t s = [] {
+      cudaStream_t made;
+      CUDA_OK(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking));
+      return made;
+    }();
+    return s;
+  }
+};
+
+float elapsed_of(const Graph &graph) {
+  static cudaEvent_t a = nullptr, b = nullptr;
+  if (!a) {
+    CUDA_OK(cudaEventCreate(&a));
+    CUDA_OK(cudaEventCreate(&b));
+  }
+  CUDA_OK(cudaEventRecord(a, Graph::stream()));
+  CUDA_OK(cudaGraphLaunch(graph.exec, Graph::stream()));
+  CUDA_OK(cudaEventRecord(b, Graph::stream()));
+  CUDA_OK(cudaEventSynchronize(b));
+  float ms;
+  CUDA_OK(cudaEventElapsedTime(&ms, a, b));
+  return ms * 1e3f;
+}
+
+struct Candidate {
+  std::string name;
+  std::function<void(int)> launch;
+  std::vector<float> times;
+  float median() {
+    std::sort(times.begin(), times.end());
+    return times.empty() ? INFINITY : times[times.size() / 2];
+  }
+};
+
+void time_all(std::vector<Candidate> &all, float window_us, int turns) {
+  std::vector<int> launches(all.size());
+  std::vector<Graph> graphs;
+  for (size_t i = 0; i < all.size(); ++i) {
+    std::fprintf(stderr, "# %s\n", all[i].name.c_str());
+    const Graph two(2, all[i].launch);
+    elapsed_of(two);
+    launches[i] = std::max(2, std::min(200, int(2 * window_us / elapsed_of(two))));
+    graphs.emplace_back(launches[i], all[i].launch);
+  }
+  for (int turn = 0; turn < turns; ++turn)
+    for (size_t i = 0; i < all.size(); ++i)
+      all[i].times.push_back(elapsed_of(graphs[i]) / launches[i]);
+}
+
+std::function<void(int)> launch_of(const std::vector<Candidate> &list, const std::string &name) {
+  return std::find_if(list.begin(), list.end(), [&](const Candidate &c) { return c.name == name; })->launch;
+}
+
+// Between tables: the clock is as it was again.
+constexpr int pause_us = 100000;
+
+void sweep(const char *filter, const std::vector<int> &token_counts, float window_us) {
+  cublasHandle_t blas;
+  CUDA_OK(cublasCreate(&blas));
+  CUDA_OK(cublasSetStream(blas, Graph::stream()));
+  void *blas_workspace;
+  CUDA_OK(cudaMalloc(&blas_workspace, 32 << 20));
+  CUDA_OK(cublasSetWorkspace(blas, blas_workspace, 32 << 20));
+  for (const Shape2 &shape : SHAPES) {
+    if (filter && !std::strstr(shape.name, filter))
+      continue;
+    const long long h = shape.hidden, n = shape.intermediate, weights = (shape.gated ? 3 : 2) * h * n;
+    const int layers = int(200000000 / (weights * 2)) + 1 > 2 ? int(200000000 / (weights * 2)) + 1 : 2;
+    int most = 0;
+    for (int t : token_counts)
+      most = std::max(most, t);
+    std::vector<B *> gate, up, down;
+    for (int l = 0; l < layers; ++l) {
+      gate.push_back(normal(h * n, 1.f / std::sqrt(float(h))));
+      up.push_back(shape.gated ? normal(h * n, 1.f / std::sqrt(float(h))) : nullptr);
+      down.push_back(normal(h * n, 1.f / std::sqrt(float(n))));
+    }
+    B *x = normal(most * h, 1.f), *hidden = normal(most * n, 0.5f), *hidden2 = normal(most * n, 0.5f),
+      *out = normal(most * h, 1.f), *bias_n = normal(n, 0.5f), *bias_h = normal(h, 0.5f);
+    CUDA_OK(cudaDeviceSynchronize());
+    for (int tokens : token_counts) {
+      const double flops1 = 2.0 * tokens * h * n * (shape.gated ? 2 : 1), flops2 = 2.0 * tokens * h * n;
+      const double floor1 = std::max(flops1 / 781.6e6, h * n * 2.0 * (shape.gated ? 2 : 1) / 3.08e6);
+      const double floor2 = std::max(flops2 / 781.6e6, h * n * 2.0 / 3.08e6);
+      const auto operands = [&](bool first, int i) {
+        Operands o = {};
+        const int l = i % layers;
+        o.rows = first ? x : hidden;
+        o.weights = first ? gate[l] : down[l];
+        o.up = up[l];
+        o.bias = shape.gated ? nullptr : first ? bias_n : bias_h;
+        o.out = first ? hidden : out;
+        o.rows_stride = o.weights_stride = o.up_stride = first ? h : n;
+        o.out_stride = first ? n : h;
+        o.tokens = tokens;
+        o.depth = first ? h : n;
+        o.columns = first ? n : h;
+        o.dtype = FUSED_MLP_BF16;
+        o.finish = !first ? Finish::None : shape.gated ? Finish::Swish : Finish::Gelu;
+        o.slope = 1.f;
+        o.weights_early = !first;
+        return o;
+      };
+      const auto blas_product = [&](const B *w, const B *rows, B *to, int columns, int depth) {
+        const float one = 1, zero = 0;
+        CUDA_OK(cublasGemmEx(blas, CUBLAS_OP_T, CUBLAS_OP_N, columns, tokens, depth, &one, w, CUDA_R_16BF, depth, rows,
+                             CUDA_R_16BF, depth, &zero, to, CUDA_R_16BF, columns, CUBLAS_COMPUTE_32F,
+                             CUBLAS_GEMM_DEFAULT));
+      };
+      const auto elementwise = [&](int) {
+        FusedMlpHiddenArgs a = {};
+        a.gate = hidden;
+        a.up = shape.gated ? hidden2 : nullptr;
+        a.bias_gate = shape.gated ? nullptr : bias_n;
+        a.hidden = hidden;
+        a.rows = tokens;
+        a.cols = n;
+        a.dtype = FUSED_MLP_BF16;
+        a.activation = int(shape.gated ? Activation::Silu : Activation::Gelu);
+        CUDA_OK(fused_mlp_hidden(&a, Graph::stream()));
+      };
+      std::vector<Candidate> firsts, seconds, blas_parts;
+      for (const Variant &v : VARIANTS) {
+        if (v.split > 1 && tokens > 512)
+          continue;
+        if (v.gated == !!shape.gated)
+          firsts.push_back({name_of(v), [&](int i) { CUDA_OK(v.enqueue(operands(true, i), Graph::stream())); }, {}});
+        if (!v.gated)
+          seconds.push_back({name_of(v), [&](int i) { CUDA_OK(v.enqueue(operands(false, i), Graph::stream())); }, {}});
+      }
+      blas_parts.push_back({"cublas gate", [&](int i) { blas_product(gate[i % layers], x, hidden, n, h); }, {}});
+      blas_parts.push_back({"cublas down", [&](int i) { blas_product(down[i % layers], hidden, out, h, n); }, {}});
+      blas_parts.push_back({"elementwise", elementwise, {}});
+      usleep(pause_us);
+      time_all(blas_parts, window_us, 3);
+      time_all(firsts, window_us, 3);
+      time_all(seconds, window_us, 3);
+      const auto best = [](std::vector<Candidate> &c) {
+        std::sort(c.begin(), c.end(), [](Candidate &a, Candidate &b) { return a.median() < b.median(); });
+      };
+      best(firsts);
+      best(seconds);
+      // Alone a product overlaps with itself, launch by launch. So each once more beside the best of the other kind.
+      const auto beside = [&](std::vector<Candidate> &list, const std::function<void(int)> &other, bool before) {
+        std::vector<Candidate> pairs;
+        for (const Candidate &c : list)
+          pairs.push_back({c.name, {}, {}});
+        for (size_t i = 0; i < list.size(); ++i)
+          pairs[i].launch = [one = list[i].launch, other, before](int l) {
+            if (before)
+              other(l);
+            one(l);
+            if (!before)
+              other(l);
+          };
+        time_all(pairs, window_us, 3);
+        best(pairs);
+        return pairs;
+      };
+      std::vector<Candidate> with_second = beside(firsts, seconds[0].launch, false);
+      std::vector<Candidate> with_first = beside(seconds, launch_of(firsts, with_second[0].name), true);
+      // Both together, by turns with cuBLAS and one elementwise launch.
+      std::vector<Candidate> whole;
+      whole.push_back({"both: " + with_second[0].name + " + " + with_first[0].name,
+                       [one = launch_of(firsts, with_second[0].name), two = launch_of(seconds, with_first[0].name)](int i) {
+                         one(i);
+                         two(i);
+                       },
+                       {}});
+      whole.push_back({"as chosen",
+                       [&](int i) {
+                         const Operands first = operands(true, i), second = operands(false, i);
+                         FusedMlpArgs a = {};
+                         a.x = first.rows;
+                         a.gate = first.weights;
+                         a.up = first.up;
+                         a.down = second.weights;
+                         a.bias_gate = first.bias;
+                         a.bias_down = second.bias;
+                         a.out = out;
+                         a.workspace = hidden;
+                         a.workspace_bytes = tokens * n * 2;
+                         a.x_stride = a.gate_stride = a.up_stride = h;
+                         a.down_stride = n;
+                         a.tokens = tokens;
+                         a.hidden_size = a.output_size = int(h);
+                         a.intermediate_size = int(n);
+                         a.gated = shape.gated;
+                         a.activation = int(shape.gated ? Activation::Silu : Activation::Gelu);
+                         CUDA_OK(fused_mlp_gemm(&a, Graph::stream()));
+                       },
+                       {}});
+      whole.push_back({"cublas + elementwise",
+                       [&](int i) {
+                         blas_product(gate[i % layers], x, hidden, n, h);
+                         if (shape.gated)
+                           blas_product(up[i % layers], x, hidden2, n, h);
+                         elementwise(0);
+                         blas_product(down[i % layers], hidden, out, h, n);
+                         if (!shape.gated)
+                           CUDA_OK(fused_mlp_add_bias(out, bias_h, tokens, h, FUSED_MLP_BF16, Graph::stream()));
+                       },
+                       {}});
+      time_all(whole, 4 * window_us, 3);
+      std::printf("== %s, %d tokens: floors %.1f + %.1f = %.1f us\n", shape.name, tokens, floor1, floor2,
+                  floor1 + floor2);
+      for (auto &c : blas_parts)
+        std::printf("     %8.1f  %s\n", c.median(), c.name.c_str());
+      for (size_t i = 0; i < firsts.size() && i < 5; ++i)
+        std::printf("  1: %8.1f  %5.1f TF  %s\n", firsts[i].median(), flops1 / firsts[i].median() * 1e-6,
+                    firsts[i].name.c_str());
+      for (size_t i = 0; i < seconds.size() && i < 5; ++i)
+        std::printf("  2: %8.1f  %5.1f TF  %s\n", seconds[i].median(), flops2 / seconds[i].median() * 1e-6,
+                    seconds[i].name.c_str());
+      for (auto &c : whole)
+        std::printf("  =  %8.1f  %s\n", c.median(), c.name.c_str());
+      std::fflush(stdout);
+      // Everything, for the cost model.
+      const auto record = [&](const char *kind, std::vector<Candidate> &list) {
+        for (auto &c : list)
+          std::fprintf(stderr, "%s,%d,%s,%s,%.2f\n", shape.name, tokens, kind, c.name.c_str(), c.median());
+      };
+      record("1", firsts);
+      record("2", seconds);
+      record("1+", with_second);
+      record("+2", with_first);
+    }
+    for (auto *list : {&gate, &up, &down})
+      for (B *p : *list)
+        cudaFree(p);
+    for (B *p : {x, hidden, hidden2, out, bias_n, bias_h})
+      cudaFree(p);
+  }
+}
+
+} // namespace
+} // namespace fused_mlp
+
+int main(int argc, char **argv) {
+  using namespace fused_mlp;
+  const std::string mode = argc > 1 ? argv[1] : "";
+  if (mode == "check")
+    return check(argc > 2);
+  if (mode == "sweep") {
+    std::vector<int> tokens;
+    for (int i = 4; i < argc; ++i)
+      tokens.push_back(std::atoi(argv[i]));
+    sweep(argc > 2 && std::strcmp(argv[2], "all") ? argv[2] : nullptr, tokens, argc > 3 ? std::atof(argv[3]) : 2000.f);
+    return 0;
+  }
+  std::printf("usage: gemm check [quick] | sweep SHAPE|all WINDOW_US TOKENS...\n");
+  return 2;
+}
