@@ -1,7 +1,7 @@
 //! Trained models: every layer's MLP against candle's own.
 //!
 //! `FUSED_MLP_SHARED` names a folder with `models/stories260k/model.safetensors` (a LLaMA), `FUSED_MLP_MINILM` the file
-//! that `tests/fetch_minilm.sh` fetches (a BERT).
+//! that `tests/fetch_models.sh minilm` fetches (a BERT).
 
 mod common;
 
@@ -69,7 +69,7 @@ fn stories260k(device: &Device) -> Result<()> {
 test_device!(stories260k, stories260k_cpu, stories260k_gpu, stories260k_metal);
 
 fn minilm(device: &Device) -> Result<()> {
-    let Some(path) = file_of("FUSED_MLP_MINILM", "the file that tests/fetch_minilm.sh prints") else {
+    let Some(path) = file_of("FUSED_MLP_MINILM", "the file that tests/fetch_models.sh minilm prints") else {
         return Ok(());
     };
     let (hidden, intermediate, layers) = (384, 1536, 6);
