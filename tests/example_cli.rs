@@ -1,35 +1,17 @@
 //! The example `llama_mlp_block` as a program: its exit codes, and what it prints.
 
+#[path = "common/program.rs"]
+mod program;
+
+use program::succeeds;
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
 
-/// Runs the example in the profile that this test was built in.
-fn example(arguments: &[&str]) -> Output {
-    let mut cargo = Command::new(env!("CARGO"));
-    cargo.current_dir(env!("CARGO_MANIFEST_DIR")).args(["run", "--quiet", "--example", "llama_mlp_block"]);
-    if !cfg!(debug_assertions) {
-        cargo.arg("--release");
-    }
-    cargo.arg("--").args(arguments).output().unwrap()
-}
+const NAME: &str = "llama_mlp_block";
 
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
-
-/// Runs the example, which is to fail with exit code 2 and one line that has all of `parts`.
 fn fails(arguments: &[&str], parts: &[&str]) {
-    let output = example(arguments);
-    let error = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
-    assert!(output.stdout.is_empty(), "{arguments:?}");
-    let lines: Vec<_> = error.lines().filter(|line| line.starts_with("error: ")).collect();
-    assert_eq!(lines.len(), 1, "{arguments:?}: {error}");
-    for part in parts {
-        assert!(lines[0].contains(part), "{arguments:?}: expected {part:?} in {:?}", lines[0]);
-    }
+    program::fails(NAME, arguments, parts);
 }
 
 /// A file of random weights, small, as another program would have written it.
@@ -49,12 +31,19 @@ fn checkpoint(path: &Path) {
 fn prints_tables_and_succeeds() {
     // Its own sizes take long without optimisation.
     let small = ["--hidden", "64", "--intermediate", "172", "--iters", "1", "--copies", "1"];
-    let output = example(if cfg!(debug_assertions) { &small } else { &[] });
-    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    let printed = text(&output.stdout);
+    let printed = succeeds(NAME, if cfg!(debug_assertions) { &small } else { &[] });
     for part in ["launches", "bytes read", "relative l2", "speed-up", "share", "| bf16"] {
         assert!(printed.contains(part), "expected {part:?} in {printed}");
     }
+}
+
+#[test]
+fn runs_on_trained_weights_and_on_random_ones() {
+    let printed = succeeds(NAME, &["--tokens", "2", "--dtype", "f32", "--iters", "1", "--copies", "1", "--layer", "3"]);
+    for part in ["trained on Alice", "hidden size 64, intermediate size 172", "random,", "hidden size 576"] {
+        assert!(printed.contains(part), "expected {part:?} in {printed}");
+    }
+    fails(&["--layer", "4"], &["no block at model.layers.4.mlp", "there are model.layers.0.mlp"]);
 }
 
 #[test]
@@ -63,9 +52,8 @@ fn prints_an_object_a_row() {
     let file = folder.path().join("model.safetensors");
     checkpoint(&file);
     let options = ["--layer", "1", "--tokens", "1,9", "--dtype", "f64,f16", "--iters", "1", "--copies", "2", "--json"];
-    let output = example(&[&["--weights", file.to_str().unwrap()], &options[..]].concat());
-    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    let rows: Vec<Value> = text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let printed = succeeds(NAME, &[&["--weights", file.to_str().unwrap()], &options[..]].concat());
+    let rows: Vec<Value> = printed.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let found: Vec<_> =
         rows.iter().map(|row| (row["dtype"].as_str().unwrap(), row["tokens"].as_u64().unwrap())).collect();
     assert_eq!(found, [("f64", 1), ("f64", 9), ("f16", 1), ("f16", 9)]);
@@ -99,8 +87,7 @@ fn reads_sharded_checkpoints() {
     fs::write(&index, serde_json::json!({ "weight_map": files }).to_string()).unwrap();
     let small = ["--dtype", "f32", "--tokens", "2", "--iters", "1", "--copies", "1", "--json"];
     let arguments = [&["--weights", index.to_str().unwrap()], &small[..]].concat();
-    let output = example(&arguments);
-    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    succeeds(NAME, &arguments);
     fs::remove_file(folder.path().join("shard-1.safetensors")).unwrap();
     fails(&arguments, &["shard-1.safetensors", "cannot be read"]);
 }

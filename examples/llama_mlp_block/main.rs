@@ -7,7 +7,8 @@
 //! cargo run --release --example llama_mlp_block -- --hidden 2048 --intermediate 8192 --tokens 4096 --iters 1
 //! ```
 //!
-//! Without `--weights` it makes a safetensors file of its own, with a LLaMA's names. Each row of the result is checked
+//! Without `--weights` it runs on the trained weights that it has inside, then on a safetensors file of random ones that it
+//! makes, with a LLaMA's names; with `--hidden` or `--intermediate` on random ones alone. Each row of the result is checked
 //! against f64. The exit code is 0 if every row is within its tolerance, 1 if one is not, 2 if the input is wrong.
 //!
 //! | file | what it holds |
@@ -23,13 +24,15 @@ mod blocks;
 mod measure;
 mod options;
 mod report;
+#[path = "../shared/mod.rs"]
+mod shared;
 #[path = "../../benches/support/mod.rs"]
 mod support;
 mod weights;
 
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
-use options::{first_line, Options};
+use options::Options;
 use std::process::ExitCode;
 use std::time::Duration;
 use support::machine::Reader;
@@ -40,35 +43,35 @@ use weights::Weights;
 static ALLOCATOR: memory::Counting = memory::Counting;
 
 fn main() -> ExitCode {
-    match Options::from_command_line().and_then(|options| options.map_or(Ok(true), |options| run(&options))) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::from(1),
-        Err(error) => {
-            eprintln!("error: {}", first_line(&format!("{error:#}")));
-            ExitCode::from(2)
-        }
-    }
+    shared::cli::run(run)
 }
 
 /// Measures and prints every row; whether all are within their tolerance.
 fn run(options: &Options) -> Result<bool> {
     let device = options.device.open()?;
-    let weights = Weights::open(options)?;
+    let all = Weights::open(options)?;
     let reader = Reader::new();
-    let bar = ProgressBar::new((options.dtypes.len() * options.tokens.len()) as u64)
+    let bar = ProgressBar::new((all.len() * options.dtypes.len() * options.tokens.len()) as u64)
         .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len}  {msg}  {elapsed}")?);
     bar.enable_steady_tick(Duration::from_millis(200));
-    let mut rows = Vec::new();
-    for &dtype in &options.dtypes {
-        rows.extend(measure::rows(options, &weights, dtype, &device, &reader, &bar)?);
+    let mut results = Vec::new();
+    for weights in &all {
+        let mut rows = Vec::new();
+        for &dtype in &options.dtypes {
+            rows.extend(measure::rows(options, weights, dtype, &device, &reader, &bar)?);
+        }
+        results.push((weights, rows));
     }
     bar.finish_and_clear();
-    if options.json {
-        report::json(&rows)?;
-    } else {
-        report::human(&weights, &rows);
+    for (i, (weights, rows)) in results.iter().enumerate() {
+        if options.json {
+            report::json(rows)?;
+        } else {
+            print!("{}", if i > 0 { "\n\n" } else { "" });
+            report::human(weights, rows);
+        }
     }
-    let wrong: Vec<_> = rows.iter().filter(|row| !row.is_within_tolerance()).collect();
+    let wrong: Vec<_> = results.iter().flat_map(|(_, rows)| rows).filter(|row| !row.is_within_tolerance()).collect();
     for row in &wrong {
         eprintln!(
             "wrong: {} with {} tokens differs from f64 by {:.1e} (relative l2), more than {:.0e}",

@@ -70,6 +70,9 @@ impl Row {
     }
 }
 
+/// The most copies of a block, unless more are asked for.
+const MOST_COPIES: usize = 64;
+
 /// The rows of one dtype.
 ///
 /// # Errors
@@ -84,8 +87,8 @@ pub fn rows(
 ) -> Result<Vec<Row>> {
     let vb = weights.var_builder(dtype, device)?;
     // One after the other, as many blocks with weights of their own as exceed the caches come from memory, as the
-    // layers of a model do.
-    let beyond_cache = layers_beyond_cache(weights.elements() * dtype.size_in_bytes());
+    // layers of a model do. Very small blocks stay in the caches, as the layers of a model of theirs do.
+    let beyond_cache = layers_beyond_cache(weights.elements() * dtype.size_in_bytes()).min(MOST_COPIES);
     let copies = 0..options.copies.map_or(beyond_cache, NonZeroUsize::get);
     let candle: Vec<_> = copies
         .clone()

@@ -23,11 +23,7 @@ pub fn human(weights: &Weights, rows: &[Row]) {
     let Some(first) = rows.first() else { return };
     let Weights { prefix, hidden_size, intermediate_size, .. } = weights;
     println!("One LLaMA MLP block: y = down({}(gate x) * up x)\n", first.activation);
-    if weights.are_random() {
-        println!("weights   random, through a safetensors file made for this run");
-    } else {
-        println!("weights   {}", weights.path.display());
-    }
+    println!("weights   {}", weights.description());
     println!("block     {prefix}, hidden size {hidden_size}, intermediate size {intermediate_size}");
     let cache = last_level_cache() as f64 / f64::from(1 << 20);
     println!("machine   {}, {} threads, {cache:.0} MiB of last-level cache", processor(), get_num_threads());
@@ -86,10 +82,10 @@ pub fn human(weights: &Weights, rows: &[Row]) {
     ];
     print!("{}", markdown(2, &header, &cells.collect::<Vec<_>>()));
     println!(
-        "\nCopies of the block take turns, so many (unless --copies says otherwise) that each has left the caches by\n\
-         its next turn: weights come from memory, as in a model of many layers. \"reads\" is what the fused block\n\
-         reads over its time, \"machine\" how fast this machine reads memory. Few tokens are limited by that, many\n\
-         by arithmetic."
+        "\nCopies of the block take turns, so many (unless --copies says otherwise, and at most 64) that each has left\n\
+         the caches by its next turn: weights come from memory, as in a model of many layers; those of very small\n\
+         blocks stay in the caches. \"reads\" is what the fused block reads over its time, \"machine\" how fast this\n\
+         machine reads memory. Few tokens are limited by that, many by arithmetic."
     );
 
     println!("\nSmall? The most memory that one call takes beyond weights and input:\n");

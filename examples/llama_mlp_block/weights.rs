@@ -1,12 +1,13 @@
 //! Finding the block in a checkpoint, or making one.
 
 use crate::options::Options;
+use crate::shared::safetensors::{file_of_each_tensor, mapped};
+use crate::shared::trained;
 use crate::support::random::Random;
 use anyhow::{anyhow, bail, Context, Result};
-use candle_core::safetensors::{save, MmapedSafetensors};
+use candle_core::safetensors::save;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use serde::Deserialize;
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,8 +26,16 @@ pub struct Weights {
     pub intermediate_size: usize,
     /// The files that hold the block's tensors.
     files: Vec<PathBuf>,
-    /// The folder of a file that was made, removed with this.
-    made: Option<TempDir>,
+    origin: Origin,
+    /// The folder of a file that was made for this run, removed with this.
+    _folder: Option<TempDir>,
+}
+
+/// Where weights come from.
+enum Origin {
+    Given,
+    Trained,
+    Random,
 }
 
 impl Weights {
@@ -35,17 +44,27 @@ impl Weights {
     /// # Errors
     /// A file that is missing or no whole safetensors file, a prefix where no block is, tensors of other shapes than a
     /// block has.
-    pub fn open(options: &Options) -> Result<Self> {
+    pub fn open(options: &Options) -> Result<Vec<Self>> {
         let prefix = options.prefix();
-        let (path, made) = match &options.weights {
-            Some(path) => (path.clone(), None),
-            None => {
-                let folder = TempDir::new().context("no room for a file of random weights")?;
-                let path = folder.path().join("model.safetensors");
-                make(&path, &prefix, options.hidden.get(), options.intermediate.get())?;
-                (path, Some(folder))
-            }
-        };
+        if let Some(path) = &options.weights {
+            return Ok(vec![Self::at(path.clone(), prefix, Origin::Given, None)?]);
+        }
+        let mut all = Vec::new();
+        if options.hidden.is_none() && options.intermediate.is_none() {
+            let (folder, path) = file()?;
+            fs::write(&path, trained::WEIGHTS).with_context(|| format!("{}: cannot be written", path.display()))?;
+            all.push(Self::at(path, prefix.clone(), Origin::Trained, Some(folder))?);
+        }
+        let (folder, path) = file()?;
+        let (hidden, intermediate) =
+            (options.hidden.map_or(576, usize::from), options.intermediate.map_or(1536, usize::from));
+        make(&path, &prefix, hidden, intermediate)?;
+        all.push(Self::at(path, prefix, Origin::Random, Some(folder))?);
+        Ok(all)
+    }
+
+    /// The block at this prefix of a checkpoint.
+    fn at(path: PathBuf, prefix: String, origin: Origin, folder: Option<TempDir>) -> Result<Self> {
         let shards = Shards::of(&path)?;
         let files = shards.files(&prefix)?;
         let tensors = mapped(&files)?;
@@ -64,7 +83,7 @@ impl Weights {
                 bail!("{prefix}.{name}.weight: expected shape {expected:?} to go with gate_proj, found {found:?}");
             }
         }
-        Ok(Self { path, prefix, hidden_size, intermediate_size, files, made })
+        Ok(Self { path, prefix, hidden_size, intermediate_size, files, origin, _folder: folder })
     }
 
     /// A builder at the block: each tensor that is taken from it gets memory of its own.
@@ -76,15 +95,26 @@ impl Weights {
         Ok(VarBuilder::from_backend(Box::new(tensors), dtype, device.clone()).pp(&self.prefix))
     }
 
-    /// Whether the weights were made rather than given.
-    pub fn are_random(&self) -> bool {
-        self.made.is_some()
+    /// What they are, for people.
+    pub fn description(&self) -> String {
+        match self.origin {
+            Origin::Given => self.path.display().to_string(),
+            Origin::Trained => "trained on Alice's Adventures in Wonderland by examples/train".to_string(),
+            Origin::Random => "random, through a safetensors file made for this run".to_string(),
+        }
     }
 
     /// The parameters of the block.
     pub fn elements(&self) -> usize {
         PROJECTIONS.len() * self.hidden_size * self.intermediate_size
     }
+}
+
+/// A place for a checkpoint.
+fn file() -> Result<(TempDir, PathBuf)> {
+    let folder = TempDir::new().context("no room for a file of weights")?;
+    let path = folder.path().join("model.safetensors");
+    Ok((folder, path))
 }
 
 /// Writes a safetensors file with one block of random weights, in f32 and at the scale of a trained model's.
@@ -105,25 +135,9 @@ struct Shards {
     file_of: HashMap<String, PathBuf>,
 }
 
-/// The index of a sharded checkpoint.
-#[derive(Deserialize)]
-struct Index {
-    weight_map: HashMap<String, PathBuf>,
-}
-
 impl Shards {
     fn of(path: &Path) -> Result<Self> {
-        let file_of = if path.extension().is_some_and(|extension| extension == "json") {
-            let text = fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
-            let index: Index = serde_json::from_str(&text)
-                .with_context(|| format!("{}: not the index of a sharded checkpoint", path.display()))?;
-            let folder = path.parent().unwrap_or(Path::new(""));
-            index.weight_map.into_iter().map(|(name, file)| (name, folder.join(file))).collect()
-        } else {
-            let names = mapped(&[path.to_path_buf()])?;
-            names.tensors().into_iter().map(|(name, _)| (name, path.to_path_buf())).collect()
-        };
-        Ok(Self { path: path.to_path_buf(), file_of })
+        Ok(Self { path: path.to_path_buf(), file_of: file_of_each_tensor(path)? })
     }
 
     /// The files that hold the block at this prefix.
@@ -152,28 +166,5 @@ impl Shards {
             (false, 0) => format!("there are {shown}"),
             (false, _) => format!("there are {shown} and {more} more"),
         }
-    }
-}
-
-/// The tensors of these files, mapped.
-fn mapped(files: &[PathBuf]) -> Result<MmapedSafetensors> {
-    for file in files {
-        fs::File::open(file).with_context(|| format!("{}: cannot be read", file.display()))?;
-        if file.is_dir() {
-            bail!("{}: expected a safetensors file, found a folder", file.display());
-        }
-        // SAFETY: as for every mapped file, nothing may change it while it is in use.
-        unsafe { MmapedSafetensors::new(file) }
-            .map_err(|error| anyhow!("{}: not a whole safetensors file: {}", file.display(), cause(&error)))?;
-    }
-    // SAFETY: as above.
-    Ok(unsafe { MmapedSafetensors::multi(files) }?)
-}
-
-/// What candle's error is about, without the path and the backtrace around it.
-fn cause(error: &candle_core::Error) -> &candle_core::Error {
-    match error {
-        candle_core::Error::WithPath { inner, .. } | candle_core::Error::WithBacktrace { inner, .. } => cause(inner),
-        other => other,
     }
 }
