@@ -118,7 +118,9 @@ pub struct Cost {
 /// The kernel that a [`Workload`] runs on, and what it costs beside the same MLP as a chain of candle's own ops.
 ///
 /// The fused path reads x, writes the result and reads the weights: once, or for many tokens once for each block of
-/// them. The hidden layer stays in cache. (Conversions in registers are not counted.)
+/// them. The hidden layer stays in cache. (Conversions in registers are not counted.) On a GPU, kernels for few tokens
+/// take 64 of them a launch; with `cuda-matmul` the hidden layer is written and read by candle's products and by the one
+/// launch between them. Copies of weights whose strides candle's product does not take are not counted.
 ///
 /// Candle's path writes the result of each op to memory and reads it again: matrix products, bias additions, the
 /// activation (several ops, for some) and the product with up. For bf16 on the CPU each matrix product first
@@ -130,10 +132,11 @@ pub struct Plan {
     /// What was asked.
     #[serde(flatten)]
     pub workload: Workload,
-    /// The device: `cpu`.
+    /// The device: `cpu`, or `cuda:` and its number.
     pub device: String,
     /// The kernel's name: device, family (`decode` for few tokens, `gemm` for many) and instruction set
-    /// ([`cpu::Tier::name`]), as in `cpu-decode-avx512-bf16`.
+    /// ([`cpu::Tier::name`]), as in `cpu-decode-avx512-bf16`; on a GPU device and kernel, as in `cuda-decode-hopper` or
+    /// `cuda-matmul`, and `cuda-none` where there is nothing to do.
     pub kernel: String,
     /// This crate's op.
     pub fused: Cost,
@@ -198,7 +201,8 @@ impl Plan {
     }
 }
 
-/// What would run for this workload on this device, on this thread's instruction set ([`cpu::Tier::current`]).
+/// What would run for this workload on this device: on the CPU on this thread's instruction set
+/// ([`cpu::Tier::current`]), on a GPU with x and weights that are contiguous and lie on 16 bytes.
 ///
 /// ```
 /// use candle_core::{DType, DeviceLocation};
@@ -212,30 +216,52 @@ impl Plan {
 /// ```
 ///
 /// # Errors
-/// A device other than the CPU, a dtype other than f32, f16, bf16 and f64, and sizes whose costs do not
-/// fit in 64 bits.
+/// A device other than the CPU and, with the feature `cuda`, CUDA devices; a GPU that is not there; a dtype other than
+/// f32, f16, bf16 and f64; and sizes whose costs do not fit in 64 bits.
 pub fn plan(workload: &Workload, device: DeviceLocation) -> Result<Plan> {
     if !matches!(workload.dtype, DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
         bail!("plan: dtype: expected f32, f16, bf16 or f64, found {}", workload.dtype.as_str());
     }
-    match device {
-        DeviceLocation::Cpu => {}
-        DeviceLocation::Cuda { gpu_id } => {
-            bail!("plan: device: expected the CPU, whose kernels alone are planned so far, found cuda:{gpu_id}")
+    let (kernel, name, fused) = match device {
+        DeviceLocation::Cpu => {
+            let (tier, family) = cpu::choose(workload.dtype, workload.tokens, workload.rows_adjacent);
+            let fused = fused_cost(workload, 1, family.passes(workload.tokens));
+            (format!("cpu-{}-{tier}", family.name()), "cpu".to_string(), fused)
         }
-        DeviceLocation::Metal { gpu_id } => bail!("plan: device: expected the CPU, found metal:{gpu_id}"),
-    }
-    let (tier, family) = cpu::choose(workload.dtype, workload.tokens, workload.rows_adjacent);
-    let (fused, unfused) = fused_cost(workload, family.passes(workload.tokens))
-        .zip(unfused_cost(workload, workload.dtype == DType::BF16))
+        DeviceLocation::Cuda { gpu_id } => {
+            let (kernel, fused) = on_cuda(workload, gpu_id)?;
+            (kernel, format!("cuda:{gpu_id}"), fused)
+        }
+        DeviceLocation::Metal { gpu_id } => {
+            bail!("plan: device: expected the CPU or a CUDA device, found metal:{gpu_id}")
+        }
+    };
+    // candle's products widen bf16 on the CPU alone.
+    let widens = workload.dtype == DType::BF16 && matches!(device, DeviceLocation::Cpu);
+    let (fused, unfused) = fused
+        .zip(unfused_cost(workload, widens))
         .ok_or_else(|| Error::msg(format!("plan: expected sizes whose costs fit in 64 bits, found {workload:?}")))?;
-    Ok(Plan {
-        workload: *workload,
-        device: "cpu".to_string(),
-        kernel: format!("cpu-{}-{tier}", family.name()),
-        fused,
-        unfused,
+    Ok(Plan { workload: *workload, device: name, kernel, fused, unfused })
+}
+
+/// The kernel's name and the op's cost on a GPU; no cost if it overflows.
+#[cfg(feature = "cuda")]
+fn on_cuda(workload: &Workload, gpu_id: usize) -> Result<(String, Option<Cost>)> {
+    use crate::cuda::{kernel_for, Kernel};
+    Ok(match kernel_for("plan", workload, gpu_id)? {
+        None => ("cuda-none".to_string(), Count::new(workload.dtype).cost()),
+        Some(Kernel::Gemm) => ("cuda-gemm".to_string(), two_launches_cost(workload)),
+        Some(Kernel::Matmul) => ("cuda-matmul".to_string(), products_cost(workload)),
+        Some(kernel) => {
+            let launches = kernel.passes(workload.tokens);
+            (format!("cuda-{kernel}"), fused_cost(workload, launches as u64, launches))
+        }
     })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_cuda(_: &Workload, gpu_id: usize) -> Result<(String, Option<Cost>)> {
+    bail!("plan: device: expected the CPU, in a build without the feature `cuda`, found cuda:{gpu_id}")
 }
 
 /// A product of sizes; `None` if it overflows.
@@ -243,13 +269,13 @@ fn product(factors: &[usize]) -> Option<u64> {
     factors.iter().try_fold(1u64, |n, &factor| n.checked_mul(u64::try_from(factor).ok()?))
 }
 
-/// The cost of one call of this crate's op, if it reads the weights `passes` times.
-fn fused_cost(workload: &Workload, passes: usize) -> Option<Cost> {
+/// The cost of one call of this crate's op, if it is so many launches and reads the weights `passes` times.
+fn fused_cost(workload: &Workload, launches: u64, passes: usize) -> Option<Cost> {
     let mut count = Count::new(workload.dtype);
     let Workload { tokens, hidden_size, intermediate_size, out_features, .. } = *workload;
     let hidden = product(&[tokens, intermediate_size])?;
     let out = product(&[tokens, out_features])?;
-    count.launches = 1;
+    count.launches = launches;
     count.read(product(&[tokens, hidden_size])?)?;
     for (rows, cols, bias) in projections(workload, false) {
         count.read(product(&[passes, rows, cols])?)?;
@@ -264,6 +290,46 @@ fn fused_cost(workload: &Workload, passes: usize) -> Option<Cost> {
         count.operate(hidden)?;
     }
     count.write(out)?;
+    count.cost()
+}
+
+/// The cost of one call of this crate's op in two launches, which write the hidden layer and read it.
+#[cfg(feature = "cuda")]
+fn two_launches_cost(workload: &Workload) -> Option<Cost> {
+    let cost = fused_cost(workload, 2, 1)?;
+    let size = workload.dtype.size_in_bytes() as u64;
+    let hidden = product(&[workload.tokens, workload.intermediate_size])?.checked_mul(size)?;
+    let (bytes_read, bytes_written) = (cost.bytes_read.checked_add(hidden)?, cost.bytes_written.checked_add(hidden)?);
+    Some(Cost { bytes_read, bytes_written, ..cost })
+}
+
+/// The cost of one call of this crate's op by candle's products, with one launch for all that is between the layers and
+/// one for the second layer's bias.
+#[cfg(feature = "cuda")]
+fn products_cost(workload: &Workload) -> Option<Cost> {
+    let mut count = Count::new(workload.dtype);
+    let Workload { gated, tokens, intermediate_size, out_features, gate_bias, up_bias, down_bias, .. } = *workload;
+    for (rows, cols, _) in projections(workload, false) {
+        count.launches += 1;
+        count.read(product(&[tokens, cols])?)?;
+        count.read(product(&[rows, cols])?)?;
+        count.multiply_adds(product(&[tokens, rows, cols])?)?;
+        count.write(product(&[tokens, rows])?)?;
+    }
+    let hidden = product(&[tokens, intermediate_size])?;
+    count.elementwise(hidden, hidden)?;
+    if gated {
+        count.read(hidden)?;
+        count.operate(hidden)?;
+    }
+    for _ in [gate_bias, gated && up_bias].into_iter().filter(|&bias| bias) {
+        count.read(product(&[intermediate_size])?)?;
+        count.operate(hidden)?;
+    }
+    if down_bias {
+        let out = product(&[tokens, out_features])?;
+        count.elementwise(out, out.checked_add(product(&[out_features])?)?)?;
+    }
     count.cost()
 }
 
@@ -489,6 +555,22 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn candle_products_by_hand() {
+        // 3 tokens, hidden 4, intermediate 5: three products, what is between the layers, the second layer's bias.
+        let workload = Workload { up_bias: true, down_bias: true, dtype: DType::BF16, ..Workload::swiglu(3, 4, 5) };
+        assert_eq!(
+            products_cost(&workload),
+            Some(Cost {
+                launches: 5,
+                bytes_read: 2 * (2 * (12 + 20) + (15 + 20) + (15 + 15 + 5) + (12 + 4)),
+                bytes_written: 2 * (15 + 15 + 12 + 15 + 12),
+                operations: 2 * 180 + 15 + 15 + 15 + 12,
+            })
+        );
+    }
+
     #[test]
     fn names_the_kernel_that_runs() -> Result<()> {
         for tier in cpu::Tier::ALL.into_iter().filter(|tier| tier.is_available()) {
@@ -551,8 +633,11 @@ mod tests {
     fn says_what_it_cannot_plan() {
         let workload = Workload::swiglu(1, 4, 5);
         let message = |workload, device| plan(&workload, device).unwrap_err().to_string();
-        let cuda = message(workload, DeviceLocation::Cuda { gpu_id: 1 });
-        assert!(cuda.contains("expected the CPU") && cuda.contains("cuda:1"), "{cuda}");
+        #[cfg(not(feature = "cuda"))]
+        {
+            let cuda = message(workload, DeviceLocation::Cuda { gpu_id: 1 });
+            assert!(cuda.contains("without the feature `cuda`, found cuda:1"), "{cuda}");
+        }
         let metal = message(workload, DeviceLocation::Metal { gpu_id: 0 });
         assert!(metal.contains("metal:0"), "{metal}");
         let dtype = message(Workload { dtype: DType::U8, ..workload }, DeviceLocation::Cpu);

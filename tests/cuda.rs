@@ -4,10 +4,10 @@
 mod common;
 
 use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use candle_core::{DType, Device, DeviceLocation, Module, Result, Tensor, Var};
 use candle_fused_mlp::cuda::Kernel;
 use candle_fused_mlp::ops::{fused_mlp, fused_swiglu};
-use candle_fused_mlp::{Activation, FusedSwiGlu, GateUp, PackedOrder};
+use candle_fused_mlp::{plan, Activation, FusedSwiGlu, GateUp, PackedOrder, Workload};
 use candle_nn::Linear;
 use common::*;
 
@@ -443,5 +443,49 @@ fn gradients() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+/// A plan names the kernel that runs: asked for by that name, it gives the same bits.
+#[test]
+fn plans_what_runs() -> Result<()> {
+    let device = &Device::new_cuda(0)?;
+    for dtype in DTYPES {
+        for sizes in [(576, 1536), (60, 172), (61, 171)] {
+            let random = &mut Random::new(14);
+            let module = gated(random, sizes, dtype, device)?;
+            for tokens in [1, 64, 100] {
+                let xs = random.normal(&[tokens, sizes.0], 1., dtype, device)?;
+                let plan = module.plan(&xs)?;
+                let what = format!("{dtype:?} {sizes:?} {tokens} {}", plan.kernel);
+                let planned = Kernel::ALL.into_iter().find(|kernel| plan.kernel == format!("cuda-{kernel}"));
+                let planned = planned.unwrap_or_else(|| panic!("{what}: no such kernel"));
+                assert!(kernels(dtype, sizes).contains(&planned), "{what}");
+                let (found, forced) = (module.forward(&xs)?, planned.with(|| module.forward(&xs))?);
+                assert_eq!(values(&found)?, values(&forced)?, "{what}");
+                if planned == Kernel::Matmul {
+                    // Three products, one launch between the layers, the second layer's bias.
+                    assert_eq!(plan.fused.launches, 5, "{what}");
+                }
+                for kernel in kernels(dtype, sizes) {
+                    let plan = kernel.with(|| module.plan(&xs))?;
+                    assert_eq!(plan.kernel, format!("cuda-{kernel}"), "{what}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What cannot be planned says why, and a plan of nothing costs nothing.
+#[test]
+fn plans_at_the_edges() -> Result<()> {
+    let device = DeviceLocation::Cuda { gpu_id: 0 };
+    let none = plan(&Workload::swiglu(0, 64, 128), device)?;
+    assert_eq!((none.kernel.as_str(), none.fused.launches, none.fused.bytes_read), ("cuda-none", 0, 0));
+    let transposed = plan(&Workload { rows_adjacent: false, ..Workload::swiglu(1, 64, 128) }, device)?;
+    assert_eq!((transposed.kernel.as_str(), transposed.device.as_str()), ("cuda-matmul", "cuda:0"));
+    let absent = plan(&Workload::swiglu(1, 64, 128), DeviceLocation::Cuda { gpu_id: 999 }).unwrap_err().to_string();
+    assert!(absent.contains("plan: cuda:999"), "{absent}");
     Ok(())
 }

@@ -15,10 +15,10 @@ mod ffi;
 mod workspace;
 
 use crate::parameters::{Extent, Projection};
-use crate::Activation;
+use crate::{Activation, Workload};
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop,
+    CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop,
 };
 use candle_core::cuda_backend::CudaDType;
 use candle_core::{bail, CudaDevice, CudaStorage, DType, Layout, Result, Shape};
@@ -85,6 +85,14 @@ impl Kernel {
         f()
     }
 
+    /// How many launches it takes, and how often it reads the weights: a decode kernel takes up to 64 tokens at a time.
+    pub(crate) fn passes(self, tokens: usize) -> usize {
+        match self {
+            Self::DecodeHopper | Self::DecodeDependent | Self::Decode | Self::DecodePortable => tokens.div_ceil(64),
+            Self::Gemm | Self::Matmul => 1,
+        }
+    }
+
     /// The path of the C interface, for a decode kernel; the others have none.
     fn path(self) -> i32 {
         match self {
@@ -139,8 +147,10 @@ fn choose(facts: &Facts) -> Kernel {
     };
     // Tiles have 128 rows and share their weights by twos: here a good part of the last two would be empty.
     let empty_tiles = match tokens {
-        129..=192 => (8..64).contains(&(weights / MILLION)),
+        129..=160 => weights >= 8 * MILLION,
+        161..=192 => (8..64).contains(&(weights / MILLION)),
         257..=384 => weights >= 8 * MILLION,
+        513..=576 => weights >= 64 * MILLION,
         _ => false,
     };
     match path {
@@ -174,6 +184,78 @@ macro_rules! dispatch {
             other => bail!("{}: expected dtype f32, f16, bf16 or f64, found {}", $op, other.as_str()),
         }
     };
+}
+
+/// [`choose`] for these arguments, whose output and workspace are not needed yet.
+///
+/// # Errors
+/// A device that the kernels were not compiled for.
+fn chosen(op: &str, args: &ffi::DecodeArgs, dtype: DType, stream: &CudaStream) -> Result<Kernel> {
+    let path = ffi::decode_path(op, args, stream)?;
+    let [hidden_size, intermediate_size, out_features] =
+        [args.hidden_size, args.intermediate_size, args.output_size].map(|size| size as usize);
+    let projections = if args.gated != 0 { 2 } else { 1 };
+    // A layer of no inputs has no weights to count either way.
+    let weights = match hidden_size {
+        0 => 0,
+        _ => intermediate_size.saturating_mul(projections * hidden_size + out_features),
+    };
+    let gemm = ffi::gemm_takes(op, args, stream)?;
+    Ok(choose(&Facts { path, gemm, dtype, tokens: args.tokens as usize, weights }))
+}
+
+/// The kernel that [`forward`] takes on a GPU where x and all weights are contiguous and lie on 16 bytes, or where the
+/// workload says that a weight's rows are not contiguous; `None` where there is nothing to do. Neither allocates nor
+/// launches.
+///
+/// # Errors
+/// A GPU that is not there, or that the kernels were not compiled for.
+pub(crate) fn kernel_for(op: &str, workload: &Workload, gpu_id: usize) -> Result<Option<Kernel>> {
+    let Workload { gated, activation, tokens, hidden_size, intermediate_size, out_features, .. } = *workload;
+    let context = match CudaContext::new(gpu_id) {
+        Ok(context) => context,
+        Err(error) => bail!("{op}: cuda:{gpu_id}: {error}"),
+    };
+    if tokens == 0 || out_features == 0 {
+        return Ok(None);
+    }
+    let is_small = [tokens, hidden_size, intermediate_size, out_features].iter().all(|&size| size <= LARGEST);
+    if !workload.rows_adjacent || !is_small {
+        return Ok(Some(Kernel::Matmul));
+    }
+    /// Stands for every tensor's address, which is only looked at, for its alignment.
+    const ALIGNED: u64 = 256;
+    let args = ffi::DecodeArgs {
+        x: ALIGNED,
+        gate: ALIGNED,
+        up: if gated { ALIGNED } else { 0 },
+        down: ALIGNED,
+        bias_gate: 0,
+        bias_up: 0,
+        bias_down: 0,
+        out: 0,
+        workspace: 0,
+        workspace_bytes: 0,
+        x_stride: hidden_size as i64,
+        gate_stride: hidden_size as i64,
+        up_stride: if gated { hidden_size as i64 } else { 0 },
+        down_stride: intermediate_size as i64,
+        tokens: tokens as i32,
+        hidden_size: hidden_size as i32,
+        intermediate_size: intermediate_size as i32,
+        output_size: out_features as i32,
+        dtype: dispatch!(op, workload.dtype, code()),
+        gated: gated.into(),
+        activation: activation.index(),
+        path: ffi::PATH_AUTO,
+        activation_param: activation.parameter().unwrap_or(0.),
+    };
+    chosen(op, &args, workload.dtype, &context.default_stream()).map(Some)
+}
+
+/// An element's number in the C interface.
+fn code<E: Element>() -> i32 {
+    E::CODE
 }
 
 /// A tensor's part of a storage.
@@ -262,15 +344,7 @@ fn forward_of<E: Element>(problem: &Problem, tokens: usize) -> Result<CudaStorag
             path: ffi::PATH_AUTO,
             activation_param: activation.parameter().unwrap_or(0.),
         };
-        let best = ffi::decode_path(op, &args, &stream)?;
-        let projections = if up.is_some() { 2 } else { 1 };
-        // A layer of no inputs has no weights to count either way.
-        let weights = match hidden_size {
-            0 => 0,
-            _ => intermediate_size.saturating_mul(projections * hidden_size + out_features),
-        };
-        let gemm = ffi::gemm_takes(op, &args, &stream)?;
-        let kernel = choose(&Facts { path: best, gemm, dtype: xs.view().0.dtype(), tokens, weights });
+        let kernel = chosen(op, &args, xs.view().0.dtype(), &stream)?;
         if kernel == Kernel::Gemm {
             let mut hidden = allocate::<E>(device, tokens * intermediate_size)?;
             let mut out = allocate::<E>(device, tokens * out_features)?;
