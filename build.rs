@@ -32,6 +32,7 @@ mod cuda {
             "decode_direct.cu",
             "decode_hopper.cu",
             "decode_portable.cu",
+            "decode_resident.cu",
             "elementwise.cu",
             "gemm.cu",
             "gemm_hopper_bf16.cu",

@@ -47,6 +47,8 @@ int current_device(const DeviceFacts **facts) {
       int status = prepare_decode_direct(device.facts);
       if (status == FUSED_MLP_OK)
         status = prepare_decode_hopper(device.facts);
+      if (status == FUSED_MLP_OK && device.facts.hopper)
+        status = prepare_decode_resident(device.facts);
       if (status != FUSED_MLP_OK)
         return status;
     }
@@ -64,15 +66,16 @@ unsigned long long round_up(unsigned long long v, unsigned long long to) { retur
 
 struct WorkspaceLayout {
   unsigned long long hidden_stride; // elements
-  unsigned long long hidden, partial, bytes; // offsets, total
+  unsigned long long hidden, exchange, partial, bytes; // offsets, total
 };
 
 WorkspaceLayout layout_of(const FusedMlpArgs &args) {
   WorkspaceLayout layout;
   layout.hidden_stride = round_up(args.intermediate_size, 64);
   layout.hidden = round_up(sizeof(Counters), 256);
-  layout.partial =
+  layout.exchange =
       round_up(layout.hidden + MAX_TOKENS * layout.hidden_stride * element_bytes(args.dtype), 256);
+  layout.partial = round_up(layout.exchange + 2 * RESIDENT_ELEMENTS * sizeof(unsigned short), 256);
   const unsigned long long direct = decode_direct_partial_elements(args.output_size),
                            hopper = decode_hopper_partial_elements(args.output_size);
   layout.bytes = layout.partial + sizeof(float) * (direct > hopper ? direct : hopper);
@@ -103,7 +106,7 @@ bool aligned(const FusedMlpArgs &args) {
 int check(const FusedMlpArgs &args) {
   if (!known_sizes(args) || !args.x || !args.gate || !args.down || (args.gated && !args.up) || args.activation < 0 ||
       args.activation >= static_cast<int>(Activation::Count) || args.path < FUSED_MLP_PATH_AUTO ||
-      args.path > FUSED_MLP_PATH_HOPPER)
+      args.path > FUSED_MLP_PATH_RESIDENT)
     return FUSED_MLP_BAD_ARGUMENT;
   return FUSED_MLP_OK;
 }
@@ -117,7 +120,9 @@ int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path)
                      (!args.gated || args.up_stride >= args.hidden_size) && args.down_stride >= args.intermediate_size;
   const bool can_hopper = can_depend && args.dtype != FUSED_MLP_F32 && apart &&
                           can_decode_hopper(device, args.hidden_size, args.intermediate_size);
-  const int best = can_hopper   ? FUSED_MLP_PATH_HOPPER
+  const bool can_resident = can_hopper && can_decode_resident(device, args);
+  const int best = can_resident ? FUSED_MLP_PATH_RESIDENT
+                   : can_hopper ? FUSED_MLP_PATH_HOPPER
                    : can_depend ? FUSED_MLP_PATH_DIRECT_PDL
                    : can_direct ? FUSED_MLP_PATH_DIRECT
                                 : FUSED_MLP_PATH_PORTABLE;
@@ -170,6 +175,7 @@ extern "C" int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream) {
   shape.bias_down = args->bias_down;
   shape.counters = reinterpret_cast<Counters *>(workspace);
   shape.hidden = workspace + layout.hidden;
+  shape.exchange = reinterpret_cast<unsigned short *>(workspace + layout.exchange);
   shape.partial = reinterpret_cast<float *>(workspace + layout.partial);
   shape.x_stride = args->x_stride;
   shape.gate_stride = args->gate_stride;
@@ -191,6 +197,8 @@ extern "C" int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream) {
     shape.tokens = args->tokens - token < MAX_TOKENS ? args->tokens - token : MAX_TOKENS;
     status = path == FUSED_MLP_PATH_PORTABLE
                  ? launch_decode_portable(shape, args->dtype, *device, stream)
+             : path == FUSED_MLP_PATH_RESIDENT
+                 ? launch_decode_resident(shape, args->dtype, *device, stream)
              : path == FUSED_MLP_PATH_HOPPER
                  ? launch_decode_hopper(shape, args->dtype, *device, stream)
                  : launch_decode_direct(shape, args->dtype, *device, path == FUSED_MLP_PATH_DIRECT_PDL, stream);

@@ -9,8 +9,10 @@ namespace fused_mlp {
 
 constexpr int MAX_TOKENS = 64;   // of one launch
 constexpr int MAX_BLOCKS = 1024; // of one launch; each has a claim word
+constexpr int RESIDENT_TOKENS = 8; // of one launch of decode_resident.cu
+constexpr int RESIDENT_ELEMENTS = RESIDENT_TOKENS * 5120; // of its hidden rows, at most
 
-// Head of the workspace. All zero between launches: whoever is last to need a counter puts it back to zero, so a graph
+// Head of the workspace. All zero between launches, but for the last two: whoever is last to need a counter puts it back to zero, so a graph
 // replay finds it as the first launch did. Hot counters have a 128-byte line each.
 struct Counters {
   unsigned arrived; // slices of the first layer that are complete
@@ -21,6 +23,10 @@ struct Counters {
   unsigned pad2[31];
   unsigned claim[MAX_BLOCKS];   // 1: some running block computes this slice of the first layer
   unsigned group_done[MAX_BLOCKS]; // partial sums of a down-projection group; wraps to zero by itself
+  // Of decode_resident.cu, and not put back to zero: its launches on this workspace, as each block counts them, and how
+  // many 16-byte pieces of each exchange buffer its last launch on that buffer used.
+  unsigned turn[MAX_BLOCKS];
+  int used[2];
 };
 
 // The arguments as kernels take them, with what the host derived.
@@ -30,6 +36,7 @@ struct Shape {
   Counters *counters;
   void *hidden;   // tokens rows of hidden_stride elements
   float *partial; // group sums of the down projection, [split][tokens][output_size]
+  unsigned short *exchange; // two buffers of RESIDENT_ELEMENTS
   long long x_stride, gate_stride, up_stride, down_stride, hidden_stride;
   int tokens, hidden_size, intermediate_size, output_size;
   int gated;

@@ -8,13 +8,12 @@
 // The first layer's units (a hidden element: its gate row, and its up row) are divided among blocks in groups of eight, then
 // the down projection's rows. When the producer has asked for its last gate and up rows it goes on to ask for down rows,
 // which depend on nothing: the one grid-wide wait, for the hidden rows, passes while they are on the way. Only the hidden
-// rows themselves are asked for after it. The second layer's depth is cut into quarters, each a block's, so that blocks read
-// a quarter of the hidden rows for four times as many down rows; the last block to be done adds the quarters.
+// rows themselves are asked for after it. The second layer's depth may be cut into parts, each a block's, so that blocks
+// read a part of the hidden rows for so many times as many down rows; the last block to be done adds the parts.
 //
 // Weights are the M operand of the products and tokens the N operand: the price of 8 tokens is that of one, and a
-// token's column is computed alike whatever is beside it. Sums are cut by the weights' shape and the GPU alone:
-// even chunks and odd chunks (a block's second layer and narrow first layer), quarters of the second layer's depth, in
-// order, whichever warpgroup or block holds them. So a row has the same bits in any company, and on any run.
+// token's column is computed alike whatever is beside it. So a row has the same bits in any company, and on any run
+// (decode_hopper.cuh says how sums are cut).
 //
 // No deadlock, whatever is resident: a block waits for the hidden rows only. Slice b of the first layer belongs to
 // whoever claims it with an atomic, normally block b, whose first copies are under way meanwhile. A block whose wait is
@@ -27,8 +26,7 @@
 // counters back to zero: one workspace per stream is enough. Every block waits, so a launch ends after the one before it, and
 // launches of one stream form a chain. A block says that the next launch may be scheduled right after its own wait: by
 // the time that all blocks have said so, all are resident.
-#include "decode_kernels.cuh"
-#include "hopper.cuh"
+#include "decode_hopper.cuh"
 
 namespace fused_mlp {
 namespace {
@@ -36,23 +34,18 @@ namespace {
 constexpr int WARPGROUPS = 2; // that multiply
 constexpr int CONSUMERS = 128 * WARPGROUPS;
 constexpr int THREADS = CONSUMERS + 32;
-constexpr int GROUP = 8; // rows of one copy
 constexpr int TILE_GROUPS = 8;
 [[maybe_unused]] constexpr int TILE_ROWS = GROUP * TILE_GROUPS;
 constexpr int PASS_GROUPS = WARPGROUPS * TILE_GROUPS;
-constexpr int CHUNK = SWIZZLE_BYTES / 2; // elements of depth
-constexpr int CHUNK_GROUP = GROUP * SWIZZLE_BYTES; // bytes of one chunk of one group
 constexpr int MAX_SLOTS = 16;
-constexpr int QUARTERS = 4; // of the second layer's depth, at most
-constexpr int MAX_SETS = 64;
+constexpr int MOST_SHARED_TOKENS = 16; // up to which a pass of the first layer has 64 rows: wider ones leave short copies
 constexpr int ROUND_TOKENS = 16; // that the first layer rounds off at a time
 constexpr int ROUND_PITCH = CONSUMERS + 4; // floats of one token's sums; 4 mod 32 keeps the stores off one bank
 constexpr int MOST_STAGE_BYTES = 90 * 1024; // larger stages leave too few for the ring
 constexpr int MOST_STAGE_CHUNKS = 8;
+constexpr int MOST_BLOCK_BYTES_OF_SMALL = 208 * 1024, MOST_RING_BYTES_OF_SMALL = 128 * 1024;
 constexpr int PREFETCHED_STAGES = 2; // more delay the wait for the kernel before
 [[maybe_unused]] constexpr long long PATIENCE = 60000; // cycles, beyond twice what the block's own share took
-
-__host__ __device__ constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // How one layer is cut among blocks, and into stages. Units are counted in groups.
 struct LayerPlan {
@@ -61,7 +54,7 @@ struct LayerPlan {
   int passes, pass_groups;
   int chunk_bytes;  // of one chunk's tokens and weights
   int chunks;       // of the whole depth
-  int sum_chunks;   // of one sum: the depth, or a quarter of it
+  int sum_chunks;   // of one sum: the depth, or a part of it
   int stage_chunks;
   int sum_stages;
   int group_distance; // bytes between two groups
@@ -70,7 +63,7 @@ struct LayerPlan {
 struct HopperPlan {
   LayerPlan first, second;
   int slices; // of the first layer, each a block's
-  int quarters; // of the second layer's depth: the blocks of a set
+  int parts; // of the second layer's depth: the blocks of a set
   int sets;     // of blocks that share down-projection rows
   int slots, slot_bytes;
   int prefetched_stages;
@@ -81,9 +74,6 @@ struct Maps {
 };
 
 #ifdef FUSED_MLP_HOPPER
-
-// The same in all lanes, said so that the compiler knows it: products must not look divergent.
-__device__ __forceinline__ int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
 
 __device__ __forceinline__ int part_begin(const LayerPlan &plan, int part) {
   return part * plan.share + min(part, plan.remainder);
@@ -108,16 +98,6 @@ struct __align__(16) Stage {
 };
 
 __device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
-
-// The products of one chunk: 64 rows with all tokens.
-template <typename T, int NT>
-__device__ __forceinline__ void multiply(float (&acc)[NT / 2], unsigned weights, unsigned group_bytes, unsigned tokens,
-                                         bool accumulate) {
-  const unsigned long long a = tile_descriptor(weights, group_bytes), b = tile_descriptor(tokens, CHUNK_GROUP);
-#pragma unroll
-  for (int k = 0; k < CHUNK / 16; ++k)
-    WarpgroupProduct<T, NT>::add(acc, a + 2 * k, b + 2 * k, k > 0 || accumulate);
-}
 
 // The ring, as the producer walks it.
 struct Ring {
@@ -149,7 +129,7 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
   const LayerPlan &first = plan.first;
   const LayerPlan &second = plan.second;
   const unsigned long long weights_policy = evict_first_policy(), tokens_policy = evict_last_policy();
-  const int set = blockIdx.x / plan.quarters, quarter = blockIdx.x - set * plan.quarters;
+  const int set = blockIdx.x / plan.parts, part = blockIdx.x - set * plan.parts;
   const bool has_rows = set < plan.sets;
   const int first_token_bytes = first.stage_chunks * NT * SWIZZLE_BYTES;
   const int second_token_bytes = second.stage_chunks * NT * SWIZZLE_BYTES;
@@ -169,7 +149,7 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
         stage.begin = group * GROUP;
         stage.end = min((group + groups) * GROUP, first.rows);
         const int matrices = shape.gated ? 2 : 1;
-              barrier_arrive_expect(ring.barrier(), first_token_bytes + matrices * groups * first.group_distance);
+        barrier_arrive_expect(ring.barrier(), first_token_bytes + matrices * groups * first.group_distance);
         copy_chunks(ring.at(), &maps.x, 0, chunk, ring.barrier(), tokens_policy);
         const unsigned to = ring.at() + first_token_bytes;
         copy_weights(ring, to, first, &maps.gate, group * GROUP, groups, chunk, weights_policy);
@@ -202,9 +182,9 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
     const bool claimed = atomicExch(&shape.counters->claim[blockIdx.x], 1u) == 0u;
     produce_first(own_begin, own_end, claimed);
   }
-  // The second layer's stages: pass by pass this block's quarter of the depth.
+  // The second layer's stages: pass by pass this block's part of the depth.
   const int row_begin = has_rows ? part_begin(second, set) : 0, row_end = has_rows ? part_begin(second, set + 1) : 0;
-  const int quarter_begin = quarter * second.sum_chunks, quarter_end = min(quarter_begin + second.sum_chunks, second.chunks);
+  const int depth_begin = part * second.sum_chunks, depth_end = min(depth_begin + second.sum_chunks, second.chunks);
   struct Cursor {
     int group, stage;
   };
@@ -213,7 +193,7 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
       at = {at.group + second.pass_groups, 0};
   };
   auto groups_of = [&](const Cursor &at) { return min(second.pass_groups, row_end - at.group); };
-  auto chunk_of = [&](const Cursor &at) { return quarter_begin + at.stage * second.stage_chunks; };
+  auto chunk_of = [&](const Cursor &at) { return depth_begin + at.stage * second.stage_chunks; };
   auto ask_weights = [&](const Cursor &at) {
     ring.wait_until_empty();
     barrier_expect(ring.barrier(), groups_of(at) * second.group_distance);
@@ -226,7 +206,7 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
     Stage &stage = stages[ring.slot];
     stage.flags = SECOND_LAYER | (at.stage == 0 ? PASS_BEGINS : 0) | (pass_ends ? PASS_ENDS : 0) |
                   (pass_ends && at.group + second.pass_groups >= row_end ? LAST : 0);
-    stage.first_chunk_and_chunks = chunk << 16 | max(0, min(second.stage_chunks, quarter_end - chunk));
+    stage.first_chunk_and_chunks = chunk << 16 | max(0, min(second.stage_chunks, depth_end - chunk));
     stage.begin = at.group * GROUP;
     stage.end = min((at.group + groups_of(at)) * GROUP, second.rows);
     barrier_arrive_expect(ring.barrier(), second_token_bytes);
@@ -325,10 +305,12 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int warpgroup = warp >> 2, thread = threadIdx.x & 127;
   const int row = (warp & 3) * 16 + (lane >> 2), token = (lane & 3) * 2;
   float *const exchange = reinterpret_cast<float *>(shared + plan.slots * plan.slot_bytes);
-  float acc[2][SUMS] = {};
-  bool begun[2] = {false, false}; // whether acc holds a sum
+  // A gated layer whose rows are not shared keeps four sums: gate and up of even chunks, and of odd ones.
+  constexpr int KEPT = NT > MOST_SHARED_TOKENS ? 4 : 2;
+  float acc[KEPT][SUMS] = {};
+  bool begun[KEPT] = {}; // whether acc holds a sum
   auto sum_of = [&](int which, int i) { return begun[which] ? acc[which][i] : 0.f; };
-  float bias[2] = {}; // of the unit whose sums the thread rounds off in the first layer: of gate, of up
+  float bias[2] = {}; // of the unit whose sums the thread rounds off in the first layer: of gate, of up; or of two down rows
   wait_for_previous_kernel();
 
   const long long block_sums = static_cast<long long>(second.passes) * WARPGROUPS * (SUMS / 4) * 128;
@@ -337,7 +319,22 @@ __global__ void __launch_bounds__(THREADS, 1)
   const bool first_shared = first.pass_groups <= TILE_GROUPS, second_shared = second.pass_groups <= TILE_GROUPS;
   // Few enough gate and up rows are one tile.
   const bool packed = shape.gated && 2 * first.pass_groups <= TILE_GROUPS;
-  const int set = blockIdx.x / plan.quarters;
+  const int set = blockIdx.x / plan.parts;
+  // The biases of a thread's down rows in a tile that begins with row `first_row`.
+  auto ask_bias_down = [&](int first_row, int end) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = first_row + row + 8 * i;
+      bias[i] = shape.bias_down && at < end ? to_float(static_cast<const T *>(shape.bias_down)[at]) : 0.f;
+    }
+  };
+  // Rounds off and writes the i-th of a thread's sums of such a tile.
+  auto write = [&](int i, int first_row, int end, float sum) {
+    const int at = first_row + row + 8 * (i >> 1 & 1), t = 8 * (i >> 2) + token + (i & 1);
+    if (at < end && t < shape.tokens)
+      static_cast<T *>(shape.out)[static_cast<long long>(t) * shape.output_size + at] =
+          from_float<T>(sum + bias[i >> 1 & 1]);
+  };
   int slot = 0, pass = 0;
   unsigned parity = 0;
   for (;;) {
@@ -349,18 +346,20 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int row_tile = chunks_shared ? 0 : warpgroup * TILE_ROWS;
     const int begin = stage.begin, end = stage.end;
     const int unit = begin + (threadIdx.x & 127);
+    if ((stage.flags & PASS_BEGINS) && is_second && plan.parts == 1)
+      ask_bias_down(begin + row_tile, end);
     if ((stage.flags & PASS_BEGINS) && !is_second) {
       // Wanted only when the pass ends, and here by then.
       bias[0] = shape.bias_gate && unit < end ? to_float(static_cast<const T *>(shape.bias_gate)[unit]) : 0.f;
       bias[1] = shape.bias_up && unit < end ? to_float(static_cast<const T *>(shape.bias_up)[unit]) : 0.f;
     }
-    // One tile's sums are in acc[0], two tiles' or two parities' in acc[0] and acc[1].
+    // One tile's sums are in acc[0], two tiles' or two parities' in acc[0] and acc[1], two tiles' of two parities in all four.
     const int first_chunk = stage.first_chunk_and_chunks >> 16, chunks = stage.first_chunk_and_chunks & 0xffff;
     const unsigned tokens = ring + slot * plan.slot_bytes,
                    weights = tokens + layer.stage_chunks * NT * SWIZZLE_BYTES + row_tile / GROUP * layer.group_distance;
     auto add = [&](float(&sums)[SUMS], int c, int offset, bool &has_begun) {
       multiply<T, NT>(sums, weights + c * CHUNK_GROUP + offset, layer.group_distance, tokens + c * NT * SWIZZLE_BYTES,
-                      has_begun);
+                      CHUNK_GROUP, has_begun);
       has_begun = true;
     };
     if (is_second || !shape.gated || packed) {
@@ -375,15 +374,23 @@ __global__ void __launch_bounds__(THREADS, 1)
     } else {
       const int up = (end - begin + GROUP - 1) / GROUP * layer.group_distance;
       products_begin();
-      for (int c = chunks_shared ? (first_chunk ^ warpgroup) & 1 : 0; c < chunks; c += chunks_shared ? 2 : 1) {
+      const int mine = (chunks_shared ? first_chunk ^ warpgroup : first_chunk) & 1;
+      for (int c = mine; c < chunks; c += 2) {
         add(acc[0], c, 0, begun[0]);
         add(acc[1], c, up, begun[1]);
       }
+      if constexpr (KEPT == 4)
+        if (!chunks_shared)
+          for (int c = 1 - mine; c < chunks; c += 2) {
+            add(acc[2], c, 0, begun[2]);
+            add(acc[3], c, up, begun[3]);
+          }
     }
     products_commit();
     products_wait<0>();
-    pin(acc[0]);
-    pin(acc[1]);
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i)
+      pin(acc[i]);
     if (lane == 0)
       barrier_arrive(empty + 8 * slot);
     if (++slot == plan.slots) {
@@ -403,9 +410,10 @@ __global__ void __launch_bounds__(THREADS, 1)
         for (int i = t0 / 2; i < (t0 + TOKENS) / 2; ++i) {
           float *const to =
               exchange + (8 * (i >> 2) - t0 + token + (i & 1)) * ROUND_PITCH + warpgroup * TILE_ROWS + row + 8 * (i >> 1 & 1);
-          to[0] = shape.gated || chunks_shared ? sum_of(0, i) : sum_of(0, i) + sum_of(1, i);
+          const float odd = shape.gated ? sum_of(KEPT - 2, i) : sum_of(1, i); // of rows that are not shared
+          to[0] = chunks_shared ? sum_of(0, i) : sum_of(0, i) + odd;
           if (shape.gated && !packed)
-            to[2 * TILE_ROWS] = sum_of(1, i);
+            to[2 * TILE_ROWS] = chunks_shared ? sum_of(1, i) : sum_of(1, i) + sum_of(KEPT - 1, i);
         }
         consumers_meet();
         if (unit < end)
@@ -426,9 +434,11 @@ __global__ void __launch_bounds__(THREADS, 1)
         __threadfence();
         atomicAdd(&shape.counters->arrived, 1u);
       }
-      begun[0] = begun[1] = false;
+#pragma unroll
+      for (int i = 0; i < KEPT; ++i)
+        begun[i] = false;
     } else if (stage.flags & PASS_ENDS) {
-      // The quarter's sums, even + odd, where the rows are.
+      // The part's sums, even + odd: where those of the set's other blocks are, or rounded off.
       float *const odd = exchange + thread;
       if (chunks_shared) {
         if (warpgroup == 1)
@@ -440,19 +450,27 @@ __global__ void __launch_bounds__(THREADS, 1)
       if (!chunks_shared || warpgroup == 0) {
         float4 *const to = partial_sums + (pass * WARPGROUPS + warpgroup) * (SUMS / 4) * 128;
         auto sum = [&](int i) { return sum_of(0, i) + (chunks_shared ? odd[i * 128] : sum_of(1, i)); };
+        if (plan.parts > 1) {
 #pragma unroll
-        for (int i = 0; i < SUMS; i += 4)
-          to[i / 4 * 128] = make_float4(sum(i), sum(i + 1), sum(i + 2), sum(i + 3));
+          for (int i = 0; i < SUMS; i += 4)
+            to[i / 4 * 128] = make_float4(sum(i), sum(i + 1), sum(i + 2), sum(i + 3));
+        } else {
+#pragma unroll
+          for (int i = 0; i < SUMS; ++i)
+            write(i, begin + row_tile, end, sum(i));
+        }
       }
       if (chunks_shared && !(stage.flags & LAST))
         consumers_meet(); // before the other warpgroup's next sums
       ++pass;
-      begun[0] = begun[1] = false;
+#pragma unroll
+      for (int i = 0; i < KEPT; ++i)
+        begun[i] = false;
     }
     if (stage.flags & LAST)
       break;
   }
-  if (set >= plan.sets || (second_shared && warpgroup == 1))
+  if (plan.parts == 1 || set >= plan.sets || (second_shared && warpgroup == 1))
     return;
 
   // A warp's rows are the same warp's in the blocks that share them: the last of these adds all sums, always in the same
@@ -461,7 +479,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   __syncwarp();
   if (lane == 0) {
     __threadfence();
-    finishes = atomicInc(&shape.counters->group_done[set * (CONSUMERS / 32) + warp], plan.quarters - 1) == plan.quarters - 1;
+    finishes = atomicInc(&shape.counters->group_done[set * (CONSUMERS / 32) + warp], plan.parts - 1) == plan.parts - 1;
     __threadfence();
   }
   if (!__shfl_sync(0xffffffffu, finishes, 0))
@@ -471,35 +489,27 @@ __global__ void __launch_bounds__(THREADS, 1)
   for (pass = 0; pass < second.passes; ++pass) {
     const int begin = (part_begin(second, set) + pass * second.pass_groups) * GROUP;
     const int end = min(begin + second.pass_groups * GROUP, row_end);
-    const float4 *const from = reinterpret_cast<const float4 *>(shape.partial) + set * plan.quarters * block_sums +
+    const float4 *const from = reinterpret_cast<const float4 *>(shape.partial) + set * plan.parts * block_sums +
                                (pass * WARPGROUPS + warpgroup) * (SUMS / 4) * 128 + thread;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int at = begin + row_tile + row + 8 * i;
-      bias[i] = shape.bias_down && at < end ? to_float(static_cast<const T *>(shape.bias_down)[at]) : 0.f;
-    }
+    ask_bias_down(begin + row_tile, end);
     constexpr int AT_ONCE = SUMS < 16 ? SUMS : 16;
 #pragma unroll
     for (int i0 = 0; i0 < SUMS; i0 += AT_ONCE) {
-      float4 v[QUARTERS][AT_ONCE / 4];
+      float4 v[MOST_PARTS][AT_ONCE / 4];
 #pragma unroll
-      for (int s = 0; s < QUARTERS; ++s)
+      for (int s = 0; s < MOST_PARTS; ++s)
 #pragma unroll
         for (int i = 0; i < AT_ONCE / 4; ++i)
-          v[s][i] = s < plan.quarters ? __ldcg(from + s * block_sums + (i0 / 4 + i) * 128) : make_float4(0.f, 0.f, 0.f, 0.f);
+          v[s][i] = s < plan.parts ? __ldcg(from + s * block_sums + (i0 / 4 + i) * 128) : make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
         auto part = [&](int s) { return reinterpret_cast<const float *>(&v[s][i / 4])[i % 4]; };
         float sum = part(0);
 #pragma unroll
-        for (int s = 1; s < QUARTERS; ++s)
-          if (s < plan.quarters)
+        for (int s = 1; s < MOST_PARTS; ++s)
+          if (s < plan.parts)
             sum += part(s);
-        const int k = i0 + i;
-        const int at = begin + row_tile + row + 8 * (k >> 1 & 1), t = 8 * (k >> 2) + token + (k & 1);
-        if (at < end && t < shape.tokens)
-          static_cast<T *>(shape.out)[static_cast<long long>(t) * shape.output_size + at] =
-              from_float<T>(sum + bias[k >> 1 & 1]);
+        write(i0 + i, begin + row_tile, end, sum);
       }
     }
   }
@@ -509,19 +519,14 @@ __global__ void __launch_bounds__(THREADS, 1)
 // ---------------------------------------------------------------------------------------------------------------------
 // Launchers
 
-// A quarter of the second layer's depth. Long ones are a multiple of four chunks, to be cut well into stages.
-int quarter_chunks(int chunks) {
-  const int quarter = divide_up(chunks, QUARTERS);
-  return quarter < 16 ? quarter : divide_up(quarter, 4) * 4;
-}
-
-LayerPlan plan_layer(int rows, int parts, int matrices, int depth, int sum_chunks, int token_rows) {
+LayerPlan plan_layer(int rows, int parts, int matrices, int depth, int sum_chunks, int token_rows,
+                     int most_pass_groups) {
   LayerPlan plan;
   plan.rows = rows;
   const int groups = divide_up(rows, GROUP), most = divide_up(groups, parts);
   plan.share = groups / parts;
   plan.remainder = groups % parts;
-  plan.passes = divide_up(most, PASS_GROUPS);
+  plan.passes = divide_up(most, most_pass_groups);
   plan.pass_groups = divide_up(most, plan.passes);
   plan.chunks = depth / CHUNK;
   plan.sum_chunks = sum_chunks;
@@ -567,7 +572,7 @@ bool can_decode_hopper(const DeviceFacts &device, int hidden_size, int intermedi
 }
 
 unsigned long long decode_hopper_partial_elements(int output_size) {
-  return 1ull * QUARTERS * MAX_TOKENS * (output_size + MAX_SETS * PASS_GROUPS * GROUP);
+  return 1ull * MAX_TOKENS * (MOST_PARTS * (output_size + GROUP) + MOST_DECODE_BLOCKS * PASS_GROUPS * GROUP);
 }
 
 int prepare_decode_hopper(DeviceFacts &device) {
@@ -590,19 +595,22 @@ int prepare_decode_hopper(DeviceFacts &device) {
 }
 
 int launch_decode_hopper(const Shape &shape, int dtype, const DeviceFacts &device, cudaStream_t stream) {
-  const int blocks = device.multiprocessors < MAX_BLOCKS ? device.multiprocessors : MAX_BLOCKS;
+  const int blocks = decode_blocks(device);
   const int token_rows = token_rows_of(shape.tokens);
   HopperPlan plan;
   // Functions of the weights' shape and the GPU alone: they decide the order of the additions.
   plan.first = plan_layer(shape.intermediate_size, blocks, shape.gated ? 2 : 1, shape.hidden_size,
-                          shape.hidden_size / CHUNK, token_rows);
+                          shape.hidden_size / CHUNK, token_rows,
+                          token_rows > MOST_SHARED_TOKENS ? PASS_GROUPS : TILE_GROUPS);
   plan.slices = plan.first.share > 0 ? blocks : plan.first.remainder;
-  const int chunks = shape.intermediate_size / CHUNK, quarter = quarter_chunks(chunks);
-  plan.quarters = divide_up(chunks, quarter);
-  plan.sets = blocks / plan.quarters < MAX_SETS ? blocks / plan.quarters : MAX_SETS;
+  const int chunks = shape.intermediate_size / CHUNK;
+  const int part = part_chunks(chunks, depth_parts(blocks, shape.output_size, chunks));
+  plan.parts = divide_up(chunks, part);
+  plan.sets = blocks / plan.parts;
   if (plan.sets < 1)
     return FUSED_MLP_UNSUPPORTED;
-  plan.second = plan_layer(shape.output_size, plan.sets, 1, shape.intermediate_size, quarter, token_rows);
+  plan.second = plan_layer(shape.output_size, plan.sets, 1, shape.intermediate_size, part, token_rows,
+                           PASS_GROUPS);
   if (plan.second.share == 0)
     plan.sets = plan.second.remainder;
 
@@ -615,6 +623,10 @@ int launch_decode_hopper(const Shape &shape, int dtype, const DeviceFacts &devic
   plan.slots = (dynamic_limit(device) - after_ring) / plan.slot_bytes;
   if (plan.slots > MAX_SLOTS)
     plan.slots = MAX_SLOTS;
+  // A ring that held nearly all of a block's weights would ask for down rows while others still wait for their first ones.
+  const long long block_bytes = 2ll * (shape.gated ? 3 : 2) * shape.hidden_size * shape.intermediate_size / blocks;
+  if (block_bytes < MOST_BLOCK_BYTES_OF_SMALL && plan.slots > MOST_RING_BYTES_OF_SMALL / plan.slot_bytes)
+    plan.slots = MOST_RING_BYTES_OF_SMALL / plan.slot_bytes;
   // No more slots than one block has stages: beside a small ring there is room for a block of the next launch.
   const int stages = plan.first.passes * plan.first.sum_stages + plan.second.passes * plan.second.sum_stages;
   if (plan.slots > stages)
@@ -625,23 +637,21 @@ int launch_decode_hopper(const Shape &shape, int dtype, const DeviceFacts &devic
 
   Maps maps;
   const long long x_stride = shape.tokens > 1 ? shape.x_stride : shape.hidden_size;
-  int status = encode_chunk_map(&maps.x, dtype, shape.x, shape.tokens, shape.hidden_size, x_stride, token_rows,
-                                 plan.first.stage_chunks);
+  const int h = shape.hidden_size, n = shape.intermediate_size;
+  const int first_chunks = plan.first.stage_chunks, second_chunks = plan.second.stage_chunks;
+  int status = chunk_map(&maps.x, {shape.x, shape.tokens, h, x_stride, 0, dtype, token_rows, first_chunks, 1});
   if (status == FUSED_MLP_OK)
-    status = encode_chunk_map(&maps.gate, dtype, shape.gate, shape.intermediate_size, shape.hidden_size,
-                               shape.gate_stride, GROUP, plan.first.stage_chunks);
+    status = chunk_map(&maps.gate, {shape.gate, n, h, shape.gate_stride, 0, dtype, GROUP, first_chunks, 1});
+  if (status == FUSED_MLP_OK && shape.gated)
+    status = chunk_map(&maps.up, {shape.up, n, h, shape.up_stride, 0, dtype, GROUP, first_chunks, 1});
   if (status == FUSED_MLP_OK)
-    status = encode_chunk_map(&maps.up, dtype, shape.gated ? shape.up : shape.gate, shape.intermediate_size,
-                               shape.hidden_size, shape.gated ? shape.up_stride : shape.gate_stride, GROUP,
-                               plan.first.stage_chunks);
+    status = chunk_map(&maps.hidden, {shape.hidden, shape.tokens, n, shape.hidden_stride, 0, dtype, token_rows, second_chunks, 1});
   if (status == FUSED_MLP_OK)
-    status = encode_chunk_map(&maps.hidden, dtype, shape.hidden, shape.tokens, shape.intermediate_size,
-                               shape.hidden_stride, token_rows, plan.second.stage_chunks);
-  if (status == FUSED_MLP_OK)
-    status = encode_chunk_map(&maps.down, dtype, shape.down, shape.output_size, shape.intermediate_size,
-                               shape.down_stride, GROUP, plan.second.stage_chunks);
+    status = chunk_map(&maps.down, {shape.down, shape.output_size, n, shape.down_stride, 0, dtype, GROUP, second_chunks, 1});
   if (status != FUSED_MLP_OK)
     return status;
+  if (!shape.gated)
+    maps.up = maps.gate;
 
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -29,6 +29,13 @@ int launch_decode_hopper(const Shape &shape, int dtype, const DeviceFacts &devic
 int prepare_decode_hopper(DeviceFacts &device);
 unsigned long long decode_hopper_partial_elements(int output_size);
 
+// 1 to RESIDENT_TOKENS tokens of bf16 or f16 on sm_90a, of sizes whose weights fit in the blocks' shared memory; every row and x
+// must lie on 16 bytes.
+bool can_decode_resident(const DeviceFacts &device, const FusedMlpArgs &args);
+int launch_decode_resident(const Shape &shape, int dtype, const DeviceFacts &device, cudaStream_t stream);
+// Raises the kernels' shared-memory limit on the current device, where prepare_decode_hopper found them; once per device.
+int prepare_decode_resident(const DeviceFacts &device);
+
 // 1 to 64 tokens of anything.
 int launch_decode_portable(const Shape &shape, int dtype, const DeviceFacts &device, cudaStream_t stream);
 

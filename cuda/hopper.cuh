@@ -269,20 +269,31 @@ inline int encode_tensor_map(CUtensorMap *map, int dtype, const void *matrix, lo
   return result == CUDA_SUCCESS ? FUSED_MLP_OK : FUSED_MLP_UNSUPPORTED;
 }
 
-// Describes the same matrix as chunks of 64 columns, to be copied in boxes of `box_chunks` chunks of `box_rows` rows. The
-// columns are a multiple of 64.
+constexpr int MOST_BOX_CHUNKS = 256;
+constexpr long long MOST_MAP_STRIDE = 1ll << 40; // bytes
+
+// Describes the same matrix as chunks of 64 columns, to be copied in boxes of `box_chunks` chunks of `box_rows` rows; or two
+// such matrices (or one) that lie `distance` bytes apart, in boxes that have a chunk's rows of both, then the next chunk's. The columns are
+// a multiple of 64.
 inline int encode_chunk_map(CUtensorMap *map, int dtype, const void *matrix, long long rows, long long columns,
-                             long long stride, int box_rows, int box_chunks) {
+                            long long stride, int box_rows, int box_chunks, int matrices = 1, long long distance = 0) {
   const PFN_cuTensorMapEncodeTiled_v12000 encode = tensor_map_encoder();
   if (!encode)
     return FUSED_MLP_UNSUPPORTED;
-  constexpr int CHUNK = SWIZZLE_BYTES / 2;
-  const cuuint64_t sizes[3] = {CHUNK, static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(columns / CHUNK)};
-  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(stride) * 2, SWIZZLE_BYTES};
-  const cuuint32_t box[3] = {CHUNK, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_chunks)};
-  const cuuint32_t steps[3] = {1, 1, 1};
+  constexpr int CHUNK = SWIZZLE_BYTES / 2, MOST = 4;
+  const int between = distance > 0 ? 1 : 0, dimensions = 3 + between;
+  cuuint64_t sizes[MOST] = {CHUNK, static_cast<cuuint64_t>(rows), 0, 0}, strides[MOST - 1] = {};
+  cuuint32_t box[MOST] = {CHUNK, static_cast<cuuint32_t>(box_rows), 0, 0}, steps[MOST] = {1, 1, 1, 1};
+  strides[0] = static_cast<cuuint64_t>(stride) * 2;
+  if (between) {
+    sizes[2] = box[2] = static_cast<cuuint32_t>(matrices);
+    strides[1] = static_cast<cuuint64_t>(distance);
+  }
+  sizes[2 + between] = static_cast<cuuint64_t>(columns / CHUNK);
+  box[2 + between] = static_cast<cuuint32_t>(box_chunks);
+  strides[1 + between] = SWIZZLE_BYTES;
   const CUresult result =
-      encode(map, dtype == FUSED_MLP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
+      encode(map, dtype == FUSED_MLP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, dimensions,
              const_cast<void *>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? FUSED_MLP_OK : FUSED_MLP_UNSUPPORTED;

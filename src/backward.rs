@@ -228,8 +228,8 @@ impl CustomOp3 for HiddenGradients {
     ) -> Result<(CudaStorage, Shape)> {
         let mut dims = vec![self.parts()];
         dims.extend(gate_layout.dims());
-        let up = self.gated.then(|| (up, up_layout.clone()));
-        let (gate, dh) = ((gate, gate_layout.clone()), (dh, dh_layout.clone()));
+        let up = self.gated.then_some((up, up_layout));
+        let (gate, dh) = ((gate, gate_layout), (dh, dh_layout));
         Ok((cuda::hidden_gradients(self.name(), self.activation, gate, up, dh)?, dims.into()))
     }
 }

@@ -24,6 +24,7 @@ use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor};
 use candle_nn::Linear;
 use half::{bf16, f16};
+use std::borrow::Cow;
 
 /// `y = act(x W1ᵀ + b1) W2ᵀ + b2` in one op.
 ///
@@ -157,7 +158,7 @@ impl Check<'_> {
     /// Checks a projection (of `rows` output features, if they are known) and returns its output features.
     pub(crate) fn linear(&self, name: &str, linear: &Linear, rows: Option<usize>, cols: usize) -> Result<usize> {
         let (op, weight) = (self.op, linear.weight());
-        self.same_kind(&format!("{name} weight"), weight)?;
+        self.same_kind((name, "weight"), weight)?;
         let found = match (weight.dims(), rows) {
             (&[r, c], None) if c == cols => r,
             (&[r, c], Some(rows)) if c == cols && r == rows => r,
@@ -171,7 +172,7 @@ impl Check<'_> {
             }
         };
         if let Some(bias) = linear.bias() {
-            self.same_kind(&format!("{name} bias"), bias)?;
+            self.same_kind((name, "bias"), bias)?;
             if bias.dims() != [found] {
                 bail!("{op}: {name} bias: expected shape [{found}], found {:?}", bias.dims());
             }
@@ -179,16 +180,16 @@ impl Check<'_> {
         Ok(found)
     }
 
-    fn same_kind(&self, name: &str, tensor: &Tensor) -> Result<()> {
+    fn same_kind(&self, (name, part): (&str, &str), tensor: &Tensor) -> Result<()> {
         let Self { op, like, like_name } = self;
         let (dtype, location) = (like.dtype(), like.device().location());
         if tensor.dtype() != dtype {
             let found = tensor.dtype().as_str();
-            bail!("{op}: {name}: expected dtype {} as {like_name} has, found {found}", dtype.as_str());
+            bail!("{op}: {name} {part}: expected dtype {} as {like_name} has, found {found}", dtype.as_str());
         }
         if tensor.device().location() != location {
             let found = tensor.device().location();
-            bail!("{op}: {name}: expected a tensor on {location:?} as {like_name} is, found one on {found:?}");
+            bail!("{op}: {name} {part}: expected a tensor on {location:?} as {like_name} is, found one on {found:?}");
         }
         Ok(())
     }
@@ -241,9 +242,9 @@ impl MlpOp {
 }
 
 /// Where a layer's parameters lie, those that the op holds locked for reading.
-type Source<'a> = (Option<StorageRef<'a>>, Layout);
+type Source<'a> = (Option<StorageRef<'a>>, Cow<'a, Layout>);
 
-fn sources<'a>(projections: &'a [Projection], argument: &Layout) -> Result<Vec<Projection<Source<'a>>>> {
+fn sources<'a>(projections: &'a [Projection], argument: &'a Layout) -> Result<Vec<Projection<Source<'a>>>> {
     let locate = |slot: &'a Slot| {
         let (held, layout) = slot.locate(argument)?;
         Ok((held.map(|tensor| tensor.storage_and_layout().0), layout))
@@ -345,8 +346,8 @@ impl CustomOp3 for MlpOp {
             argument: &'a CudaStorage,
         ) -> Result<Vec<Projection<View<'a>>>> {
             let view = |(held, layout): &'a Source| match held.as_deref() {
-                None => Ok((argument, layout.clone())),
-                Some(Storage::Cuda(storage)) => Ok((storage, layout.clone())),
+                None => Ok((argument, layout.as_ref())),
+                Some(Storage::Cuda(storage)) => Ok((storage, layout.as_ref())),
                 Some(_) => bail!("expected every parameter on the CUDA device of xs"),
             };
             sources.iter().map(|projection| projection.map(view)).collect()
@@ -362,7 +363,7 @@ impl CustomOp3 for MlpOp {
         let shape = with_last(xs_layout.dims(), down.weight.1.dims().first().copied().unwrap_or(0)).into();
         let problem = cuda::Problem {
             op: self.name,
-            xs: (xs, xs_layout.clone()),
+            xs: (xs, xs_layout),
             flat_xs: flattened(xs_layout, tokens),
             gate,
             up,

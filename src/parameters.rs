@@ -9,6 +9,7 @@
 
 use candle_core::{bail, Layout, Result, Shape, Tensor};
 use candle_nn::Linear;
+use std::borrow::Cow;
 
 /// Which half of a packed first layer is which.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -111,12 +112,12 @@ impl Slot {
     }
 
     /// Where the parameter lies: in the op's own tensor, or else in the argument of this layout.
-    pub(crate) fn locate(&self, argument: &Layout) -> Result<(Option<&Tensor>, Layout)> {
+    pub(crate) fn locate(&self, argument: &Layout) -> Result<(Option<&Tensor>, Cow<'_, Layout>)> {
         Ok(match self {
-            Self::Held(tensor) => (Some(tensor), tensor.layout().clone()),
-            Self::Rows { start, len } => (None, argument.narrow(0, *start, *len)?),
+            Self::Held(tensor) => (Some(tensor), Cow::Borrowed(tensor.layout())),
+            Self::Rows { start, len } => (None, Cow::Owned(argument.narrow(0, *start, *len)?)),
             Self::Flat { start, shape } => {
-                (None, Layout::contiguous_with_offset(shape.clone(), argument.start_offset() + start))
+                (None, Cow::Owned(Layout::contiguous_with_offset(shape.clone(), argument.start_offset() + start)))
             }
         })
     }

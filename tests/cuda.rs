@@ -11,12 +11,14 @@ use candle_fused_mlp::{plan, Activation, FusedSwiGlu, GateUp, PackedOrder, Workl
 use candle_nn::Linear;
 use common::*;
 
-const DECODE: [Kernel; 4] = [Kernel::DecodeHopper, Kernel::DecodeDependent, Kernel::Decode, Kernel::DecodePortable];
+const DECODE: [Kernel; 5] =
+    [Kernel::DecodeResident, Kernel::DecodeHopper, Kernel::DecodeDependent, Kernel::Decode, Kernel::DecodePortable];
 
 /// The kernels that take this dtype and these sizes, where all is aligned.
 fn kernels(dtype: DType, (hidden, intermediate): (usize, usize)) -> Vec<Kernel> {
     let half = matches!(dtype, DType::BF16 | DType::F16);
     let takes = |kernel: &Kernel| match kernel {
+        Kernel::DecodeResident => half && hidden % 64 == 0 && intermediate % 256 == 0 && intermediate <= 3072,
         Kernel::DecodeHopper => half && hidden % 64 == 0 && intermediate % 64 == 0,
         Kernel::Gemm => half && hidden % 8 == 0 && intermediate % 8 == 0,
         Kernel::DecodeDependent | Kernel::Decode => {
@@ -78,6 +80,45 @@ fn every_kernel() -> Result<()> {
                     let found = kernel.with(|| fused_swiglu(&xs, &gate_up, &down, activation))?;
                     assert_near(&found, &exact_swiglu(&xs, &gate_up, &down, activation)?, &what)?;
                 }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The kernel for few tokens of small models: sizes that fill some blocks or all, gate before up in memory and behind it,
+/// and the same bits as the kernel for more tokens.
+#[test]
+fn small_models() -> Result<()> {
+    let device = &Device::new_cuda(0)?;
+    let sizes = [(64, 256, 40), (576, 1536, 576), (768, 3072, 768), (1024, 2816, 1000), (384, 1536, 384)];
+    for dtype in [DType::BF16, DType::F16] {
+        for (i, (hidden, intermediate, out)) in sizes.into_iter().enumerate() {
+            let random = &mut Random::new(70 + i as u64);
+            let gate = random.linear((intermediate, hidden), i % 2 == 0, dtype, device)?;
+            let up = random.linear((intermediate, hidden), i % 2 == 0, dtype, device)?;
+            let down = random.linear((out, intermediate), i % 3 != 1, dtype, device)?;
+            for (j, activation) in Activation::ALL.into_iter().enumerate() {
+                let tokens = 1 + j % 8;
+                let xs = random.normal(&[tokens, hidden], 1., dtype, device)?;
+                let what = format!("{hidden}x{intermediate} {activation} {tokens}");
+                let gate_up = match j % 3 {
+                    0 => GateUp::Separate { gate: gate.clone(), up: up.clone() },
+                    1 => packed(&gate, &up, PackedOrder::UpGate)?,
+                    _ => packed(&gate, &up, PackedOrder::GateUp)?,
+                };
+                let run = |kernel: Kernel| {
+                    kernel.with(|| {
+                        let plain = fused_mlp(&xs, &gate, &down, activation)?;
+                        Ok((plain, fused_swiglu(&xs, &gate_up, &down, activation)?))
+                    })
+                };
+                let (plain, gated) = run(Kernel::DecodeResident)?;
+                assert_near(&plain, &exact_mlp(&xs, &gate, &down, activation)?, &what)?;
+                assert_near(&gated, &exact_swiglu(&xs, &gate_up, &down, activation)?, &what)?;
+                let (other_plain, other_gated) = run(Kernel::DecodeHopper)?;
+                assert_eq!(values(&plain)?, values(&other_plain)?, "{what}");
+                assert_eq!(values(&gated)?, values(&other_gated)?, "{what}, gated");
             }
         }
     }
@@ -158,12 +199,18 @@ fn rows_are_independent() -> Result<()> {
             let module = gated(random, sizes, dtype, device)?;
             let xs = random.normal(&[64, sizes.0], 1., dtype, device)?;
             for kernel in kernels(dtype, sizes).into_iter().filter(|k| DECODE.contains(k)) {
+                // What takes 8 tokens at most is compared with what takes the others.
+                let (most, whole) = match kernel {
+                    Kernel::DecodeResident => (8, Kernel::DecodeHopper),
+                    _ => (64, kernel),
+                };
+                let all = whole.with(|| values(&module.forward(&xs)?))?;
                 kernel.with(|| {
-                    let all = values(&module.forward(&xs)?)?;
                     for _ in 0..10 {
-                        assert_eq!(values(&module.forward(&xs)?)?, all, "{kernel} {dtype:?} {sizes:?}, again");
+                        let again = values(&module.forward(&xs.narrow(0, 0, most)?)?)?;
+                        assert_eq!(again, all[..most * sizes.0], "{kernel} {dtype:?} {sizes:?}, again");
                     }
-                    for tokens in [1, 2, 7, 16, 33] {
+                    for tokens in [1, 2, 7, 16, 33].into_iter().filter(|&tokens| tokens <= most) {
                         for first in [0, 64 - tokens] {
                             let some = values(&module.forward(&xs.narrow(0, first, tokens)?)?)?;
                             let expected = &all[first * sizes.0..(first + tokens) * sizes.0];
@@ -189,6 +236,8 @@ fn two_streams_at_once() -> Result<()> {
             let dtype = [DType::BF16, DType::F32, DType::F16][i];
             let module = gated(random, sizes, dtype, &device)?;
             let some = [
+                (1, Kernel::DecodeResident),
+                (7, Kernel::DecodeResident),
                 (1, Kernel::DecodeHopper),
                 (40, Kernel::DecodeHopper),
                 (1, Kernel::DecodeDependent),
@@ -245,6 +294,8 @@ fn graphs_replay() -> Result<()> {
     let device = &capturable()?;
     let stream = device.as_cuda_device()?.cuda_stream();
     for (dtype, kernel, tokens) in [
+        (DType::BF16, Kernel::DecodeResident, 1),
+        (DType::F16, Kernel::DecodeResident, 8),
         (DType::BF16, Kernel::DecodeHopper, 1),
         (DType::F16, Kernel::DecodeHopper, 64),
         (DType::BF16, Kernel::DecodeDependent, 1),

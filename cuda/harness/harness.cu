@@ -379,13 +379,13 @@ int run_check(bool quick) {
   }
   for (int dtype = 0; dtype < 4; ++dtype) {
     check_rows({dtype, 1, 576, 1536, 576, 64, 6, 0.f, 7, 0, 0, 0, false}, seed++ * 97);
+    check_rows({dtype, 0, 768, 3072, 768, 64, 0, 0.f, 7, 0, 0, 0, false}, seed++ * 97);
     check_rows({dtype, 0, 264, 1000, 72, 64, 0, 0.f, 7, 0, 0, FUSED_MLP_PATH_PORTABLE, false}, seed++ * 97);
     if (!quick && dtype < 3) {
       check_rows({dtype, 1, 4096, 14336, 4096, 64, 6, 0.f, 0, 0, 0, 0, false}, seed++ * 97);
       check_rows({dtype, 0, 1280, 5120, 1280, 64, 0, 0.f, 7, 0, 0, 0, false}, seed++ * 97);
       check_rows({dtype, 1, 2048, 5632, 2048, 64, 6, 0.f, 0, 0, 0, FUSED_MLP_PATH_DIRECT, false}, seed++ * 97);
       check_rows({dtype, 1, 8192, 28672, 8192, 64, 6, 0.f, 0, 0, 0, 0, false}, seed++ * 97);
-      check_rows({dtype, 0, 768, 3072, 768, 64, 0, 0.f, 7, 0, 0, 0, false}, seed++ * 97);
       check_rows({dtype, 0, 4096, 4096, 4096, 64, 0, 0.f, 7, 0, 0, 0, false}, seed++ * 97);
     }
   }
@@ -426,7 +426,10 @@ int run_held() {
   for (int path : {FUSED_MLP_PATH_AUTO, FUSED_MLP_PATH_DIRECT_PDL, FUSED_MLP_PATH_DIRECT, FUSED_MLP_PATH_PORTABLE})
     for (int tokens : {1, 20, 64})
       for (int held : {1, 60, 131}) {
-        Problem p({FUSED_MLP_BF16, 1, 1024, 2816, 1024, tokens, 6, 0.f, 7, 0, 0, path, false}, 31);
+        // Few tokens of the smaller one run on decode_resident.cu.
+        const bool small = path == FUSED_MLP_PATH_AUTO && tokens == 1;
+        const int hidden = small ? 576 : 2048, intermediate = small ? 1536 : 2816;
+        Problem p({FUSED_MLP_BF16, 1, hidden, intermediate, hidden, tokens, 6, 0.f, 7, 0, 0, path, false}, 31);
         CUDA_OK(cudaDeviceSynchronize());
         STATUS_OK(fused_mlp_decode(&p.args, stream));
         CUDA_OK(cudaStreamSynchronize(stream));
@@ -473,6 +476,10 @@ int run_select() {
     for (int t : {1, 9, 20, 64})
       check_case({dtype, dtype == FUSED_MLP_BF16, 256, 704, 136, t, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_HOPPER, false}, seed++,
                  false);
+  for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16})
+    for (int t : {1, 8})
+      for (int gated : {0, 1})
+        check_case({dtype, gated, 256, 1024, 136, t, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_RESIDENT, t == 8}, seed++, false);
   check_case({FUSED_MLP_BF16, 1, 33, 65, 129, 5, 6, 0.f, 7, 1, 1, 0, true}, seed++, false);
   std::printf("select: %d checks, %d failures\n", checks, failures);
   return failures != 0;

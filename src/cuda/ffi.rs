@@ -58,6 +58,7 @@ pub(super) const PATH_PORTABLE: i32 = 1;
 pub(super) const PATH_DIRECT: i32 = 2;
 pub(super) const PATH_DIRECT_DEPENDENT: i32 = 3;
 pub(super) const PATH_HOPPER: i32 = 4;
+pub(super) const PATH_RESIDENT: i32 = 5;
 
 extern "C" {
     fn fused_mlp_decode_workspace_bytes(args: *const DecodeArgs) -> u64;

@@ -30,6 +30,9 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kernel {
+    /// Both layers in one launch, each multiprocessor's weights in its shared memory at once; on sm_90, for 1 to 8 tokens of bf16
+    /// and f16 and small models whose weights fit there.
+    DecodeResident,
     /// Both layers in one launch, weights by tensor copies to warpgroup products; on sm_90, for bf16 and f16 where all rows
     /// lie on 16 bytes and both sizes are multiples of 64.
     DecodeHopper,
@@ -53,12 +56,20 @@ thread_local! {
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Self; 6] =
-        [Self::DecodeHopper, Self::DecodeDependent, Self::Decode, Self::DecodePortable, Self::Gemm, Self::Matmul];
+    pub const ALL: [Self; 7] = [
+        Self::DecodeResident,
+        Self::DecodeHopper,
+        Self::DecodeDependent,
+        Self::Decode,
+        Self::DecodePortable,
+        Self::Gemm,
+        Self::Matmul,
+    ];
 
     /// The name, as in a plan.
     pub fn name(self) -> &'static str {
         match self {
+            Self::DecodeResident => "decode-resident",
             Self::DecodeHopper => "decode-hopper",
             Self::DecodeDependent => "decode-dependent",
             Self::Decode => "decode",
@@ -88,7 +99,9 @@ impl Kernel {
     /// How many launches it takes, and how often it reads the weights: a decode kernel takes up to 64 tokens at a time.
     pub(crate) fn passes(self, tokens: usize) -> usize {
         match self {
-            Self::DecodeHopper | Self::DecodeDependent | Self::Decode | Self::DecodePortable => tokens.div_ceil(64),
+            Self::DecodeResident | Self::DecodeHopper | Self::DecodeDependent | Self::Decode | Self::DecodePortable => {
+                tokens.div_ceil(64)
+            }
             Self::Gemm | Self::Matmul => 1,
         }
     }
@@ -96,6 +109,7 @@ impl Kernel {
     /// The path of the C interface, for a decode kernel; the others have none.
     fn path(self) -> i32 {
         match self {
+            Self::DecodeResident => ffi::PATH_RESIDENT,
             Self::DecodeHopper => ffi::PATH_HOPPER,
             Self::DecodeDependent => ffi::PATH_DIRECT_DEPENDENT,
             Self::Decode => ffi::PATH_DIRECT,
@@ -154,6 +168,7 @@ fn choose(facts: &Facts) -> Kernel {
         _ => false,
     };
     match path {
+        ffi::PATH_RESIDENT => Kernel::DecodeResident,
         ffi::PATH_HOPPER if tokens <= 64 => Kernel::DecodeHopper,
         ffi::PATH_DIRECT_DEPENDENT if tokens <= most_tokens => Kernel::DecodeDependent,
         ffi::PATH_DIRECT if tokens <= most_tokens => Kernel::Decode,
@@ -259,7 +274,7 @@ fn code<E: Element>() -> i32 {
 }
 
 /// A tensor's part of a storage.
-pub(crate) type View<'a> = (&'a CudaStorage, Layout);
+pub(crate) type View<'a> = (&'a CudaStorage, &'a Layout);
 
 /// An MLP and its input.
 pub(crate) struct Problem<'a> {
@@ -298,8 +313,8 @@ fn forward_of<E: Element>(problem: &Problem, tokens: usize) -> Result<CudaStorag
         return Ok(CudaStorage::wrap_cuda_slice(allocate::<E>(device, 0)?, device.clone()));
     }
     let xs = match &problem.flat_xs {
-        Some(layout) if rows_are_contiguous(layout) => Source::Given((xs.0, layout.clone())),
-        _ => Source::copy(xs, (tokens, hidden_size))?,
+        Some(layout) if rows_are_contiguous(layout) => Source::Given((xs.0, layout)),
+        _ => Source::copy(*xs, (tokens, hidden_size))?,
     };
     let bias_gate = Source::vector(&gate.bias)?;
     let bias_up = up.as_ref().map(|up| Source::vector(&up.bias)).transpose()?.flatten();
@@ -311,10 +326,10 @@ fn forward_of<E: Element>(problem: &Problem, tokens: usize) -> Result<CudaStorag
         && sizes.iter().all(|&size| size <= LARGEST);
     if addressable {
         // The guards tell candle of these reads when they are dropped, after the launch.
-        let [x, gate, down] = [xs.view(), (gate.weight.0, &gate.weight.1), (down.weight.0, &down.weight.1)]
-            .map(|(storage, layout)| Address::of::<E>(storage, layout, &stream));
+        let [x, gate, down] =
+            [xs.view(), gate.weight, down.weight].map(|(storage, layout)| Address::of::<E>(storage, layout, &stream));
         let (x, gate, down) = (x?, gate?, down?);
-        let up = up.as_ref().map(|up| Address::of::<E>(up.weight.0, &up.weight.1, &stream)).transpose()?;
+        let up = up.as_ref().map(|up| Address::of::<E>(up.weight.0, up.weight.1, &stream)).transpose()?;
         let bias_gate = Address::of_bias::<E>(&bias_gate, &stream)?;
         let bias_up = Address::of_bias::<E>(&bias_up, &stream)?;
         let bias_down = Address::of_bias::<E>(&bias_down, &stream)?;
@@ -372,8 +387,8 @@ fn forward_of<E: Element>(problem: &Problem, tokens: usize) -> Result<CudaStorag
     }
 
     let (x, x_layout) = xs.view();
-    let mut hidden = product(x, x_layout, &gate.weight)?;
-    let up = up.as_ref().map(|up| product(x, x_layout, &up.weight)).transpose()?;
+    let mut hidden = product(x, x_layout, gate.weight)?;
+    let up = up.as_ref().map(|up| product(x, x_layout, up.weight)).transpose()?;
     let layout = Layout::contiguous((tokens, intermediate_size));
     {
         let up = up.as_ref().map(|up| Address::of::<E>(up, &layout, &stream)).transpose()?;
@@ -399,7 +414,7 @@ fn forward_of<E: Element>(problem: &Problem, tokens: usize) -> Result<CudaStorag
         // SAFETY: the products are matrices of this size, the biases were checked to be as long as their rows.
         unsafe { ffi::hidden(op, &args, &stream)? };
     }
-    let mut out = product(&hidden, &layout, &down.weight)?;
+    let mut out = product(&hidden, &layout, down.weight)?;
     if let Some(bias) = Address::of_bias::<E>(&bias_down, &stream)? {
         let (at, _guard) = out.as_cuda_slice_mut::<E>()?.device_ptr_mut(&stream);
         // SAFETY: the product is a matrix of this size, the bias was checked to be as long as its rows.
@@ -442,7 +457,7 @@ fn hidden_gradients_of<E: Element>(
     }
     let mut out = allocate::<E>(device, len * if up.is_some() { 3 } else { 2 })?;
     {
-        let (g, d) = (Address::of::<E>(gate.0, &gate.1, &stream)?, Address::of::<E>(gradient.0, &gradient.1, &stream)?);
+        let (g, d) = (Address::of::<E>(gate.0, gate.1, &stream)?, Address::of::<E>(gradient.0, gradient.1, &stream)?);
         let u = up.as_ref().map(|(storage, layout)| Address::of::<E>(storage, layout, &stream)).transpose()?;
         let (at, _guard) = out.device_ptr_mut(&stream);
         let part = |i: usize| at + (i * len * size_of::<E>()) as u64;
@@ -480,16 +495,16 @@ fn rows_are_contiguous(layout: &Layout) -> bool {
 }
 
 /// `x wᵀ` by candle's own product.
-fn product(x: &CudaStorage, x_layout: &Layout, w: &View) -> Result<CudaStorage> {
+fn product(x: &CudaStorage, x_layout: &Layout, w: View) -> Result<CudaStorage> {
     /// As candle's product takes it: contiguous, or the transposed of a contiguous matrix.
-    fn dense<'a>(storage: &'a CudaStorage, layout: &Layout) -> Result<Source<'a>> {
+    fn dense<'a>(storage: &'a CudaStorage, layout: &'a Layout) -> Result<Source<'a>> {
         if layout.is_contiguous() || layout.transpose(0, 1)?.is_contiguous() {
-            Ok(Source::Given((storage, layout.clone())))
+            Ok(Source::Given((storage, layout)))
         } else {
-            Source::copy(&(storage, layout.clone()), layout.shape().dims2()?)
+            Source::copy((storage, layout), layout.shape().dims2()?)
         }
     }
-    let (x, w) = (dense(x, x_layout)?, dense(w.0, &w.1)?);
+    let (x, w) = (dense(x, x_layout)?, dense(w.0, w.1)?);
     let ((x, x_layout), (w, w_layout)) = (x.view(), w.view());
     let ((m, k), n) = (x_layout.shape().dims2()?, w_layout.dims()[0]);
     x.matmul(w, (1, m, n, k), x_layout, &w_layout.transpose(0, 1)?)
@@ -509,7 +524,7 @@ impl<'a> Source<'a> {
         }
     }
 
-    fn copy((storage, layout): &View<'a>, shape: impl Into<Shape>) -> Result<Self> {
+    fn copy((storage, layout): View<'a>, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         // SAFETY: the copy writes every element.
         let mut copy = unsafe { storage.device().alloc_uninit(&shape, storage.dtype())? };
@@ -521,8 +536,8 @@ impl<'a> Source<'a> {
     fn vector(view: &Option<View<'a>>) -> Result<Option<Self>> {
         match view {
             None => Ok(None),
-            Some(view) if view.1.is_contiguous() => Ok(Some(Self::Given(view.clone()))),
-            Some(view) => Self::copy(view, view.1.dims()).map(Some),
+            Some(view) if view.1.is_contiguous() => Ok(Some(Self::Given(*view))),
+            Some(view) => Self::copy(*view, view.1.dims()).map(Some),
         }
     }
 }

@@ -1,0 +1,91 @@
+// What Hopper's two decode kernels share: how weights and tokens lie in shared memory, how a layer's sums are cut, and
+// the tensor maps of a call.
+//
+// Sums are cut by the weights' shape and the GPU alone, so that both kernels give a row the same bits, whatever is beside
+// it: the first layer's into even and odd chunks of 64 elements of depth, the second layer's into one, two or four parts of
+// its depth, each of even and odd chunks, added in order.
+#pragma once
+#include "decode_kernels.cuh"
+#include "hopper.cuh"
+#include <new>
+
+namespace fused_mlp {
+
+constexpr int GROUP = 8;                           // rows of one copy
+constexpr int CHUNK = SWIZZLE_BYTES / 2;           // elements of depth
+constexpr int CHUNK_GROUP = GROUP * SWIZZLE_BYTES; // bytes of one chunk of one group
+constexpr int MOST_PARTS = 4;                      // of the second layer's depth
+constexpr int MOST_DECODE_BLOCKS = 256;            // no Hopper GPU has more multiprocessors
+
+__host__ __device__ constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+// How the second layer's depth is cut: the parts are different blocks', which together have rows for a product's 64, but
+// adding them costs a meeting of these blocks at the end.
+inline int depth_parts(int blocks, int output_size, int chunks) {
+  const int block_groups = divide_up(divide_up(output_size, GROUP), blocks);
+  return block_groups < 4 ? 4 : chunks <= 64 ? 1 : 2;
+}
+// A part, in chunks. Long ones are a multiple of four chunks, to be cut well into stages.
+inline int part_chunks(int chunks, int parts) {
+  const int part = divide_up(chunks, parts);
+  return part < 16 ? part : divide_up(part, 4) * 4;
+}
+inline int decode_blocks(const DeviceFacts &device) {
+  return device.multiprocessors < MOST_DECODE_BLOCKS ? device.multiprocessors : MOST_DECODE_BLOCKS;
+}
+
+#ifdef FUSED_MLP_HOPPER
+
+// The same in all lanes, said so that the compiler knows it: products must not look divergent.
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
+
+// The products of one chunk: 64 rows, whose groups lie so many bytes apart, with all tokens, whose groups do likewise.
+template <typename T, int NT>
+__device__ __forceinline__ void multiply(float (&acc)[NT / 2], unsigned weights, unsigned group_bytes, unsigned tokens,
+                                         unsigned token_group_bytes, bool accumulate) {
+  const unsigned long long a = tile_descriptor(weights, group_bytes), b = tile_descriptor(tokens, token_group_bytes);
+#pragma unroll
+  for (int k = 0; k < CHUNK / 16; ++k)
+    WarpgroupProduct<T, NT>::add(acc, a + 2 * k, b + 2 * k, k > 0 || accumulate);
+}
+
+#endif // FUSED_MLP_HOPPER
+
+// What a tensor map is made of: one matrix or two that lie `distance` bytes apart, and the boxes that copies bring.
+struct MapKey {
+  const void *matrix;
+  long long rows, columns, stride, distance;
+  int dtype, box_rows, box_chunks, matrices;
+  bool operator==(const MapKey &o) const {
+    return matrix == o.matrix && rows == o.rows && columns == o.columns && stride == o.stride && distance == o.distance &&
+           dtype == o.dtype && box_rows == o.box_rows && box_chunks == o.box_chunks && matrices == o.matrices;
+  }
+};
+
+// encode_chunk_map, remembered: a map is a function of its key alone, and a model asks for the same ones in every step.
+inline int chunk_map(CUtensorMap *map, const MapKey &key) {
+  struct Entry {
+    MapKey key;
+    CUtensorMap map;
+  };
+  constexpr unsigned PLACES = 1024;
+  static thread_local Entry *const entries = new (std::nothrow) Entry[PLACES]();
+  if (!entries)
+    return cudaErrorMemoryAllocation;
+  // Tensors lie on multiples of 256 bytes at least, most of them far apart.
+  const unsigned long long address = reinterpret_cast<unsigned long long>(key.matrix) >> 4;
+  const unsigned long long mixed = (address ^ static_cast<unsigned long long>(key.box_chunks * 31 + key.box_rows) << 40) *
+                                   0x9e3779b97f4a7c15ull;
+  Entry &entry = entries[mixed >> 54];
+  if (!(entry.key == key)) {
+    const int status = encode_chunk_map(&entry.map, key.dtype, key.matrix, key.rows, key.columns, key.stride,
+                                        key.box_rows, key.box_chunks, key.matrices, key.distance);
+    entry.key = status == FUSED_MLP_OK ? key : MapKey{};
+    if (status != FUSED_MLP_OK)
+      return status;
+  }
+  *map = entry.map;
+  return FUSED_MLP_OK;
+}
+
+} // namespace fused_mlp

@@ -1,0 +1,404 @@
+// The whole MLP for 1 to 8 tokens of a small model in one launch on Hopper: all weights that a block multiplies are in its
+// shared memory at once, so nothing is waited for twice, and the layers meet through the hidden rows themselves.
+//
+// A slice of the first layer (some groups of eight hidden elements: their gate rows, and their up rows) is a block's, from
+// the first block on; a group of eight down rows over their whole depth is a block's, from the last block on. Blocks with
+// down rows read all hidden rows, as soon as their elements come.
+//
+// Hidden rows are their own flags: an element is stored with its bits inverted, and a zero means that it has not come. (A
+// result is never the NaN whose bits are all ones: conversions make another one.) So a store and a load lie between the
+// layers, and no fence, counter or barrier. Two buffers take turns, and a launch clears the one that the launch before it
+// used. Whose turn it is, each block counts for itself: all blocks run in every launch.
+//
+// A slice's gate and up rows are one copy: one tensor map describes both matrices, whatever is between them in memory. Their
+// place is the hidden rows' after their products, so that little memory is needed, and the next launch's block fits beside.
+//
+// The products have 64 rows of weights, a block has eight. So the second layer's tile is the four quarters of the depth,
+// one above the other, and its tokens are those of four quarters side by side: of the 4 x 4 blocks of sums the diagonal
+// is wanted, and a quarter of the products makes them.
+//
+// No deadlock, whatever is resident: a block waits for hidden elements only. If they are long in coming it computes
+// their slices itself and stores them, the same bits as the block whose they are, which may have stored them or may still.
+//
+// Dependent launch: as in decode_hopper.cu.
+#include "decode_hopper.cuh"
+
+namespace fused_mlp {
+namespace {
+
+constexpr int TOKENS = RESIDENT_TOKENS; // of a tile, however many there are
+constexpr int THREADS = 256;            // two warpgroups: even and odd chunks
+[[maybe_unused]] constexpr int TILE_ROWS = 64;
+constexpr int TILE_GROUPS = TILE_ROWS / GROUP;
+constexpr int PARTS = 4; // of the second layer's depth
+[[maybe_unused]] constexpr int AT_ONCE = 6; // pieces of hidden rows that a thread asks for together
+[[maybe_unused]] constexpr long long PATIENCE = 60000; // cycles
+constexpr int STATIC_BYTES = 8 * 1024; // no less than the kernel's arrays and what the system takes
+
+struct ResidentPlan {
+  int share; // groups of a slice
+  int slices;
+  int first_chunks, second_chunks; // of the depth
+  int first_at, x_at;              // bytes, of the first layer's weights, and later of the hidden rows; down rows are at 0
+  int gate_row, up_row;            // of a slice's tile
+};
+
+struct ResidentMaps {
+  CUtensorMap x, first, down;
+};
+
+#ifdef FUSED_MLP_HOPPER
+
+// Relaxed and seen by every block: each element says of itself that it is there.
+__device__ __forceinline__ void store_element(unsigned short *to, unsigned short bits) {
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(to), "h"(bits) : "memory");
+}
+__device__ __forceinline__ uint4 load_piece(const uint4 *from) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+// Whether one half is zero.
+__device__ __forceinline__ bool has_zero(unsigned v) { return ((v - 0x00010001u) & ~v & 0x80008000u) != 0; }
+__device__ __forceinline__ bool has_come(const uint4 &v) {
+  return !(has_zero(v.x) || has_zero(v.y) || has_zero(v.z) || has_zero(v.w));
+}
+template <typename T> __device__ __forceinline__ unsigned short bits_of(T v) {
+  return *reinterpret_cast<const unsigned short *>(&v);
+}
+__device__ __forceinline__ void store_shared_16(unsigned address, const uint4 &v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// 32 bytes, as far as L2.
+__device__ __forceinline__ void prefetch_line(const void *from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
+}
+// The gate and up rows of a slice, from `row` on: a chunk's rows of both, then the next chunk's.
+__device__ __forceinline__ void copy_slice(unsigned to, const CUtensorMap *map, int row, unsigned barrier,
+                                           unsigned long long policy) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+               "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+               "l"(map), "r"(0), "r"(row), "r"(0), "r"(0), "r"(barrier), "l"(policy)
+               : "memory");
+}
+__device__ __forceinline__ void prefetch_slice(const CUtensorMap *map, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(0), "r"(row), "r"(0),
+               "r"(0)
+               : "memory");
+}
+
+#endif // FUSED_MLP_HOPPER
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS, 1)
+    decode_resident_kernel(const __grid_constant__ Shape shape, const __grid_constant__ ResidentPlan plan,
+                           const __grid_constant__ ResidentMaps maps) {
+#ifdef FUSED_MLP_HOPPER
+  extern __shared__ __align__(SWIZZLE_ALIGN) unsigned char shared[];
+  __shared__ __align__(8) unsigned long long barriers[2];
+  __shared__ float sums[2][TOKENS][TILE_ROWS + 4]; // 4 mod 32 keeps the stores off one bank
+  __shared__ float quarter_sums[2][PARTS][TOKENS][GROUP];
+  __shared__ unsigned turn_here;
+  __shared__ int used_here[2];
+  __shared__ int missing;
+  const unsigned down = shared_address(shared), weights = down + plan.first_at, x = down + plan.x_at, hidden = weights;
+  const unsigned first_barrier = shared_address(barriers), down_barrier = first_barrier + 8;
+  const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31, warpgroup = warp >> 2;
+  // A thread's rows of a tile are `row` and row + 8, its tokens 8 j + token and + 1.
+  const int row = (warp & 3) * 16 + (lane >> 2), token = (lane & 3) * 2;
+  const int chunk_bytes = (shape.gated ? 2 : 1) * plan.share * CHUNK_GROUP; // of a slice's weights
+  const bool has_slice = blockIdx.x < plan.slices;
+  const int down_row = (gridDim.x - 1 - blockIdx.x) * GROUP;
+  const bool has_rows = down_row < shape.output_size;
+
+  if (threadIdx.x == 0) {
+    barrier_init(first_barrier, 1);
+    barrier_init(down_barrier, 1);
+    publish_barriers();
+    if (has_slice)
+      prefetch_slice(&maps.first, blockIdx.x * plan.share * GROUP);
+    if (has_rows)
+      prefetch_chunks(&maps.down, down_row, 0);
+  } else if (has_slice) {
+    const int unit = blockIdx.x * plan.share * GROUP + (threadIdx.x & 63);
+    if (unit < shape.intermediate_size && (threadIdx.x & 31) % 16 == 0) {
+      if (shape.bias_gate)
+        prefetch_line(static_cast<const T *>(shape.bias_gate) + unit);
+      if (shape.bias_up)
+        prefetch_line(static_cast<const T *>(shape.bias_up) + unit);
+    }
+  }
+  __syncthreads();
+  wait_for_previous_kernel();
+  release_next_kernel();
+
+  const unsigned long long weights_policy = evict_first_policy(), tokens_policy = evict_last_policy();
+  auto ask_slice = [&](int slice) {
+    barrier_arrive_expect(first_barrier, plan.first_chunks * (chunk_bytes + CHUNK_GROUP));
+    copy_slice(weights, &maps.first, slice * plan.share * GROUP, first_barrier, weights_policy);
+    copy_chunks(x, &maps.x, 0, 0, first_barrier, tokens_policy);
+  };
+  if (threadIdx.x == 0) {
+    if (has_slice)
+      ask_slice(blockIdx.x);
+    if (has_rows) {
+      barrier_arrive_expect(down_barrier, plan.second_chunks * CHUNK_GROUP);
+      copy_chunks(down, &maps.down, down_row, 0, down_barrier, weights_policy);
+    }
+  } else if (threadIdx.x == 32) {
+    turn_here = shape.counters->turn[blockIdx.x];
+    used_here[0] = shape.counters->used[0];
+    used_here[1] = shape.counters->used[1];
+  }
+  const float bias_down = shape.bias_down && has_rows && down_row + (threadIdx.x & 7) < shape.output_size
+                              ? to_float(static_cast<const T *>(shape.bias_down)[down_row + (threadIdx.x & 7)])
+                              : 0.f;
+
+  // The products of a slice's copies, and its hidden elements.
+  unsigned short *buffer = nullptr;
+  auto finish_slice = [&](int slice, unsigned parity) {
+    const int begin = slice * plan.share * GROUP, unit = begin + (threadIdx.x & 63);
+    const int end = min(begin + plan.share * GROUP, shape.intermediate_size);
+    float bias = 0.f, bias_up = 0.f;
+    if (unit < end) {
+      if (shape.bias_gate)
+        bias = to_float(static_cast<const T *>(shape.bias_gate)[unit]);
+      if (shape.bias_up)
+        bias_up = to_float(static_cast<const T *>(shape.bias_up)[unit]);
+    }
+    barrier_wait(first_barrier, parity);
+    float acc[TOKENS / 2] = {};
+    pin(acc);
+    products_begin();
+    for (int c = warpgroup; c < plan.first_chunks; c += 2)
+      multiply<T, TOKENS>(acc, weights + c * chunk_bytes, CHUNK_GROUP, x + c * CHUNK_GROUP, CHUNK_GROUP, c != warpgroup);
+    products_commit();
+    products_wait<0>();
+    pin(acc);
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; ++i)
+      sums[warpgroup][token + (i & 1)][row + 8 * (i >> 1)] = acc[i];
+    __syncthreads();
+    if (unit < end)
+      for (int t = threadIdx.x >> 6; t < shape.tokens; t += THREADS >> 6) {
+        auto sum = [&](int r) { return sums[0][t][r] + sums[1][t][r]; };
+        float value = activate(shape.activation, float(shape.activation_param), sum(plan.gate_row + unit - begin) + bias);
+        if (shape.gated)
+          value *= sum(plan.up_row + unit - begin) + bias_up;
+        store_element(buffer + t * shape.intermediate_size + unit, static_cast<unsigned short>(~bits_of(from_float<T>(value))));
+      }
+  };
+  __syncthreads();
+  const unsigned turn = turn_here;
+  buffer = shape.exchange + (turn & 1) * RESIDENT_ELEMENTS;
+  if (has_slice)
+    finish_slice(blockIdx.x, 0);
+
+  if (has_rows) {
+    // Hidden rows to shared memory, as a tensor copy would lay them out.
+    const int row_pieces = shape.intermediate_size / 8, pieces = shape.tokens * row_pieces;
+    const uint4 *const from = reinterpret_cast<const uint4 *>(buffer);
+    long long patience = PATIENCE;
+    unsigned parity = has_slice ? 1 : 0;
+    for (;;) {
+      const long long since = clock64();
+      int late = pieces; // the first piece that is long in coming
+      for (int first = threadIdx.x; first < pieces && late == pieces; first += AT_ONCE * THREADS) {
+        uint4 v[AT_ONCE];
+        bool all;
+        do {
+          all = true;
+          late = pieces;
+#pragma unroll
+          for (int i = 0; i < AT_ONCE; ++i)
+            if (first + i * THREADS < pieces)
+              v[i] = load_piece(from + first + i * THREADS);
+#pragma unroll
+          for (int i = 0; i < AT_ONCE; ++i)
+            if (first + i * THREADS < pieces && !has_come(v[i])) {
+              all = false;
+              late = first + i * THREADS;
+            }
+        } while (!all && clock64() - since <= patience);
+        if (!all)
+          break;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+          const int piece = first + i * THREADS;
+          if (piece < pieces) {
+            const int t = piece / row_pieces, in_row = piece - t * row_pieces;
+            store_shared_16(hidden + in_row / 8 * CHUNK_GROUP + t * SWIZZLE_BYTES + ((in_row ^ t) & 7) * 16,
+                            make_uint4(~v[i].x, ~v[i].y, ~v[i].z, ~v[i].w));
+          }
+        }
+      }
+      fence_copies();
+      if (threadIdx.x == 0)
+        missing = plan.slices;
+      if (!__syncthreads_or(late < pieces))
+        break;
+      // The nearest missing slice from here on, so that blocks which wait for many do not all begin with the same one.
+      if (late < pieces) {
+        const int slice = late % row_pieces * 8 / (plan.share * GROUP);
+        atomicMin(&missing, (slice + plan.slices - blockIdx.x % plan.slices) % plan.slices);
+      }
+      __syncthreads();
+      const int slice = (missing + blockIdx.x) % plan.slices;
+      if (threadIdx.x == 0)
+        ask_slice(slice);
+      finish_slice(slice, parity);
+      parity ^= 1;
+      patience = 0; // who has had to help once helps on without waiting
+      __syncthreads();
+    }
+
+    barrier_wait(down_barrier, 0);
+    const int quarter = plan.second_chunks / PARTS;
+    const unsigned quarter_bytes = quarter * CHUNK_GROUP;
+    float acc[PARTS * TOKENS / 2] = {};
+    pin(acc);
+    products_begin();
+    for (int c = warpgroup; c < quarter; c += 2)
+      multiply<T, PARTS * TOKENS>(acc, down + c * CHUNK_GROUP, quarter_bytes, hidden + c * CHUNK_GROUP, quarter_bytes,
+                                     c != warpgroup);
+    products_commit();
+    products_wait<0>();
+    pin(acc);
+    // The diagonal: a warp has the rows of two quarters.
+    const int pair = warp & 3;
+    if (pair < PARTS / 2) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          quarter_sums[warpgroup][2 * pair + i][token + e][lane >> 2] =
+              pair == 0 ? acc[4 * i + 2 * i + e] : acc[4 * (2 + i) + 2 * i + e];
+    }
+    __syncthreads();
+    const int t = threadIdx.x >> 3, r = threadIdx.x & 7;
+    if (t < shape.tokens && down_row + r < shape.output_size) {
+      auto part = [&](int q) { return quarter_sums[0][q][t][r] + quarter_sums[1][q][t][r]; };
+      float sum = part(0);
+#pragma unroll
+      for (int q = 1; q < PARTS; ++q)
+        sum += part(q);
+      static_cast<T *>(shape.out)[static_cast<long long>(t) * shape.output_size + down_row + r] =
+          from_float<T>(sum + bias_down);
+    }
+  }
+
+  // For the launch after the next: its buffer is cleared of what the launch before this one stored.
+  uint4 *const other = reinterpret_cast<uint4 *>(shape.exchange + (~turn & 1) * RESIDENT_ELEMENTS);
+  for (int i = blockIdx.x * THREADS + threadIdx.x; i < used_here[~turn & 1]; i += gridDim.x * THREADS)
+    other[i] = make_uint4(0, 0, 0, 0);
+  if (threadIdx.x == 0) {
+    shape.counters->turn[blockIdx.x] = turn + 1;
+    if (blockIdx.x == 0)
+      shape.counters->used[turn & 1] = shape.tokens * shape.intermediate_size / 8;
+  }
+#endif // FUSED_MLP_HOPPER
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launchers
+
+using Kernel = void (*)(Shape, ResidentPlan, ResidentMaps);
+
+Kernel kernel_of(int dtype) {
+  return dtype == FUSED_MLP_BF16 ? decode_resident_kernel<__nv_bfloat16> : decode_resident_kernel<__half>;
+}
+
+// Bytes of shared memory of each block.
+int plan_of(int blocks, int hidden_size, int intermediate_size, bool gated, bool up_first, ResidentPlan *plan) {
+  const int groups = divide_up(intermediate_size, GROUP);
+  plan->share = divide_up(groups, blocks);
+  plan->slices = divide_up(groups, plan->share);
+  plan->first_chunks = hidden_size / CHUNK;
+  plan->second_chunks = intermediate_size / CHUNK;
+  plan->gate_row = up_first ? plan->share * GROUP : 0;
+  plan->up_row = up_first ? 0 : plan->share * GROUP;
+  plan->first_at = plan->second_chunks * CHUNK_GROUP;
+  plan->x_at = plan->first_at + (gated ? 2 : 1) * plan->share * plan->first_chunks * CHUNK_GROUP;
+  const int hidden_end = plan->first_at + plan->second_chunks * CHUNK_GROUP;
+  // Both tiles are read as 64 rows, however many there are: the last chunk of the first one, and four quarters of down rows
+  // behind the four; those end where the hidden rows do.
+  const int first_end = plan->x_at + TILE_GROUPS * CHUNK_GROUP, x_end = plan->x_at + plan->first_chunks * CHUNK_GROUP;
+  const int end = first_end > x_end ? first_end : x_end;
+  return end > hidden_end ? end : hidden_end;
+}
+
+// A map of gate and up, or of the one matrix: chunks of both matrices' rows.
+int slice_map(CUtensorMap *map, const Shape &shape, int dtype, const ResidentPlan &plan) {
+  const char *const gate = static_cast<const char *>(shape.gate), *const up = static_cast<const char *>(shape.up);
+  const char *const from = shape.gated && up < gate ? up : gate;
+  const long long distance = !shape.gated ? SWIZZLE_BYTES : up < gate ? gate - up : up - gate;
+  const MapKey key = {from, shape.intermediate_size, shape.hidden_size, shape.gate_stride, distance, dtype,
+                      plan.share * GROUP, plan.first_chunks, shape.gated ? 2 : 1};
+  return chunk_map(map, key);
+}
+
+} // namespace
+
+bool can_decode_resident(const DeviceFacts &device, const FusedMlpArgs &args) {
+  const int hidden_size = args.hidden_size, intermediate_size = args.intermediate_size;
+  if (!device.hopper || args.tokens > TOKENS || hidden_size % CHUNK != 0 || intermediate_size % CHUNK != 0 ||
+      1ll * TOKENS * intermediate_size > RESIDENT_ELEMENTS || hidden_size > MOST_BOX_CHUNKS * CHUNK)
+    return false;
+  if (args.gated) {
+    const long long distance = static_cast<const char *>(args.up) - static_cast<const char *>(args.gate);
+    if (args.up_stride != args.gate_stride || distance == 0 || distance <= -MOST_MAP_STRIDE || distance >= MOST_MAP_STRIDE)
+      return false;
+  }
+  const int blocks = decode_blocks(device), chunks = intermediate_size / CHUNK;
+  ResidentPlan plan;
+  const int bytes = plan_of(blocks, hidden_size, intermediate_size, args.gated, false, &plan);
+  return depth_parts(blocks, args.output_size, chunks) == PARTS && PARTS * part_chunks(chunks, PARTS) == chunks && (args.gated ? 2 : 1) * plan.share <= TILE_GROUPS &&
+         divide_up(args.output_size, GROUP) <= blocks && bytes <= device.shared_bytes_per_block - STATIC_BYTES;
+}
+
+int prepare_decode_resident(const DeviceFacts &device) {
+  for (int dtype = FUSED_MLP_BF16; dtype <= FUSED_MLP_F16; ++dtype) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel_of(dtype)),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes_per_block - STATIC_BYTES);
+    if (error != cudaSuccess)
+      return error;
+  }
+  return FUSED_MLP_OK;
+}
+
+int launch_decode_resident(const Shape &shape, int dtype, const DeviceFacts &device, cudaStream_t stream) {
+  const int blocks = decode_blocks(device);
+  ResidentPlan plan;
+  const int bytes = plan_of(blocks, shape.hidden_size, shape.intermediate_size, shape.gated,
+                            shape.gated && shape.up < shape.gate, &plan);
+  ResidentMaps maps;
+  const long long x_stride = shape.tokens > 1 ? shape.x_stride : shape.hidden_size;
+  const int h = shape.hidden_size, n = shape.intermediate_size;
+  int status = chunk_map(&maps.x, {shape.x, shape.tokens, h, x_stride, 0, dtype, TOKENS, plan.first_chunks, 1});
+  if (status == FUSED_MLP_OK)
+    status = slice_map(&maps.first, shape, dtype, plan);
+  if (status == FUSED_MLP_OK)
+    status = chunk_map(&maps.down, {shape.down, shape.output_size, n, shape.down_stride, 0, dtype, GROUP, plan.second_chunks, 1});
+  if (status != FUSED_MLP_OK)
+    return status;
+
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel_of(dtype), shape, plan, maps);
+}
+
+} // namespace fused_mlp
