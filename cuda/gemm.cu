@@ -53,9 +53,11 @@ bool finish_of(int activation, Finish *finish, float *slope) {
   }
 }
 
+int element_bytes(int dtype) { return dtype == FUSED_MLP_F32 ? 4 : 2; }
+
 // What a tensor map describes: a matrix whose rows lie on 16 bytes.
-bool describable(const void *matrix, long long stride) {
-  return reinterpret_cast<unsigned long long>(matrix) % 16 == 0 && stride % 8 == 0 && stride > 0;
+bool describable(const void *matrix, long long stride, int dtype) {
+  return reinterpret_cast<unsigned long long>(matrix) % 16 == 0 && stride * element_bytes(dtype) % 16 == 0 && stride > 0;
 }
 
 // The stride of one row alone means nothing; a tensor map has one all the same.
@@ -66,12 +68,14 @@ long long x_stride(const FusedMlpArgs &args) {
 bool takes(const FusedMlpArgs &args) {
   Finish finish;
   float slope;
-  return (args.dtype == FUSED_MLP_BF16 || args.dtype == FUSED_MLP_F16) && args.tokens > 0 && args.hidden_size > 0 &&
-         args.intermediate_size > 0 && args.output_size > 0 && args.intermediate_size % 8 == 0 &&
-         args.output_size % 4 == 0 && args.x && args.gate && args.down && (!args.gated || args.up) &&
-         finish_of(args.activation, &finish, &slope) && describable(args.x, x_stride(args)) &&
-         describable(args.gate, args.gate_stride) && (!args.gated || describable(args.up, args.up_stride)) &&
-         describable(args.down, args.down_stride);
+  const bool known = args.dtype == FUSED_MLP_BF16 || args.dtype == FUSED_MLP_F16 || args.dtype == FUSED_MLP_F32;
+  return known && args.tokens > 0 && args.hidden_size > 0 && args.intermediate_size > 0 && args.output_size > 0 &&
+         args.intermediate_size * element_bytes(args.dtype) % 16 == 0 &&
+         args.output_size * element_bytes(args.dtype) % 16 == 0 && args.x && args.gate && args.down &&
+         (!args.gated || args.up) && finish_of(args.activation, &finish, &slope) &&
+         describable(args.x, x_stride(args), args.dtype) && describable(args.gate, args.gate_stride, args.dtype) &&
+         (!args.gated || describable(args.up, args.up_stride, args.dtype)) &&
+         describable(args.down, args.down_stride, args.dtype);
 }
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -82,10 +86,10 @@ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // were fitted to pairs of products of eight MLPs at eight token counts each, where the choice costs 2% on average
 // (`harness/gemm sweep`).
 double cost(const Variant &v, const Operands &o, int resident) {
-  const int clusters = ceil_div(o.tokens, v.rows * v.share) * ceil_div(o.columns, v.columns);
-  const int blocks = clusters * v.share * v.split, waves = ceil_div(blocks, resident);
+  const int clusters = ceil_div(o.tokens, v.rows * v.share) * ceil_div(o.columns, v.columns * v.peers);
+  const int blocks = clusters * v.share * v.peers * v.split, waves = ceil_div(blocks, resident);
   const double tile = static_cast<double>(v.rows) * v.weights;
-  const double multiply = 1.94e-5 * tile, copy = 1.94e-3 * (v.rows + v.weights / v.share);
+  const double multiply = 1.94e-5 * tile, copy = 1.94e-3 * (v.rows / v.peers + v.weights / v.share);
   const double products = ceil_div(o.depth, 64) / static_cast<double>(v.split) * (std::fmax(multiply, copy) + 0.0436);
   const double finish = 8.48e-5 * tile + (v.split > 1 ? 0.087 + 1.34e-4 * tile : 0.);
   double time;
@@ -98,10 +102,24 @@ double cost(const Variant &v, const Operands &o, int resident) {
   return std::fmax(time, bytes / 3.42e6 / std::pow(busy, 0.444)) + 1.89 * busy + 0.126 * waves;
 }
 
+// The same in f32: a stage is three products of 32 elements, which the tensor cores take eight times as long for.
+double cost_f32(const Variant &v, const Operands &o, int resident) {
+  const int clusters = ceil_div(o.tokens, v.rows * v.share) * ceil_div(o.columns, v.columns);
+  const int blocks = clusters * v.share, waves = ceil_div(blocks, resident);
+  const double tile = static_cast<double>(v.rows) * v.weights;
+  const double multiply = 5.6e-5 * tile + 0.1, copy = 1.94e-3 * (v.rows + v.weights / v.share);
+  const double time = waves * (ceil_div(o.depth, 32) * std::fmax(multiply, copy) + 1.5e-4 * tile);
+  const double busy = std::fmin(1., static_cast<double>(blocks) / resident);
+  const double bytes = 4. * o.depth * o.columns * (v.gated ? 2 : 1);
+  return std::fmax(time, bytes / 3.42e6 / std::pow(busy, 0.444)) + 1.89 * busy;
+}
+
 // The tiles of least cost.
 int choose(const Operands &o, bool gated, const Variant **best) {
   int count = 0;
-  const Variant *const all = o.dtype == FUSED_MLP_F16 ? gemm_variants_f16(&count) : gemm_variants_bf16(&count);
+  const Variant *const all = o.dtype == FUSED_MLP_F32   ? gemm_variants_f32(&count)
+                             : o.dtype == FUSED_MLP_F16 ? gemm_variants_f16(&count)
+                                                        : gemm_variants_bf16(&count);
   double least = HUGE_VAL;
   for (const Variant *v = all; v != all + count; ++v) {
     if (v->gated != gated)
@@ -110,7 +128,7 @@ int choose(const Operands &o, bool gated, const Variant **best) {
     const int status = v->resident(&resident);
     if (status != FUSED_MLP_OK)
       return status;
-    const double time = cost(*v, o, resident);
+    const double time = o.dtype == FUSED_MLP_F32 ? cost_f32(*v, o, resident) : cost(*v, o, resident);
     if (time < least) {
       least = time;
       *best = v;
@@ -170,9 +188,9 @@ extern "C" int fused_mlp_gemm(const FusedMlpArgs *args, cudaStream_t stream) {
   if (!runs || !takes(*args))
     return FUSED_MLP_UNSUPPORTED;
   if (!args->out || !args->workspace || reinterpret_cast<unsigned long long>(args->workspace) % 16 != 0 ||
-      reinterpret_cast<unsigned long long>(args->out) % 8 != 0)
+      reinterpret_cast<unsigned long long>(args->out) % 16 != 0)
     return FUSED_MLP_BAD_ARGUMENT;
-  if (args->workspace_bytes < 2ull * args->tokens * args->intermediate_size)
+  if (args->workspace_bytes < 1ull * element_bytes(args->dtype) * args->tokens * args->intermediate_size)
     return FUSED_MLP_WORKSPACE_TOO_SMALL;
   if (!stream)
     stream = cudaStreamLegacy;

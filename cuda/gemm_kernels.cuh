@@ -24,7 +24,7 @@ struct Operands {
 struct Variant {
   bool gated, pingpong;
   int rows, weights, columns; // of a tile: tokens, rows of weights, columns of the output
-  int share, split;
+  int share, peers, split;
   int (*resident)(int *blocks); // that the device runs at once, in whole clusters
   int (*enqueue)(const Operands &operands, cudaStream_t stream);
 };
@@ -32,6 +32,7 @@ struct Variant {
 // All of a dtype.
 const Variant *gemm_variants_bf16(int *count);
 const Variant *gemm_variants_f16(int *count);
+const Variant *gemm_variants_f32(int *count);
 // The architecture that the kernels' code for the current device was compiled for, and the one that it runs as.
 int gemm_compiled_for(int *source, int *binary);
 

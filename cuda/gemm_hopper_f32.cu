@@ -1,0 +1,276 @@
+// The products' kernels in f32, on tensor cores that take 11 bits of a fraction: each element as the sum of two such
+// numbers, high and low, and each product as high low + low high + high high.
+//
+// What a product leaves out, low low, is some 2^-23 of it. The tensor cores cut off bits where they add, so a stage's sums
+// start from zero, small terms first, and are added to the tile's sums in f32. A consumer parts the rows in its registers;
+// the weights' low parts are put beside the weights in shared memory by three warps of their own.
+#include "activation.cuh"
+#include "gemm_hopper.cuh"
+
+namespace fused_mlp {
+namespace {
+
+constexpr int PARTERS = 3; // warps, beside the producer's
+
+template <bool GATED_, int COLUMNS_, int SHARE_> struct PartedTile : Warpgroups<2> {
+  using T = float;
+  using Bits = float;
+  static constexpr bool GATED = GATED_, PINGPONG = false;
+  static constexpr int ROWS = 64 * CONSUMERS, COLUMNS = COLUMNS_, SHARE = SHARE_, PEERS = 1, SPLIT = 1, CLUSTER = SHARE;
+  static constexpr int DEPTH = SWIZZLE_BYTES / sizeof(T);
+  static constexpr int OUT_COLUMNS = GATED ? COLUMNS / 2 : COLUMNS, SUMS = COLUMNS / 2;
+  static constexpr int BOXES = 2;
+  static constexpr int ROW_BYTES = ROWS * SWIZZLE_BYTES, BOX_BYTES = COLUMNS / BOXES * SWIZZLE_BYTES;
+  static constexpr int STAGE_BYTES = ROW_BYTES + 2 * BOXES * BOX_BYTES;
+  static constexpr int CHUNK = 0, CHUNK_BYTES = 0;
+  static constexpr int BIAS_BYTES = CONSUMERS * COLUMNS * sizeof(T);
+  static constexpr int FIT = (SHARED_BYTES - SWIZZLE_ALIGN - BIAS_BYTES - 256) / STAGE_BYTES;
+  static constexpr int STAGES = FIT < 8 ? FIT : 8;
+  static constexpr int TOTAL_BYTES = SWIZZLE_ALIGN + STAGES * STAGE_BYTES + BIAS_BYTES + 24 * STAGES;
+};
+
+#ifdef FUSED_MLP_HOPPER
+
+// The nearest number of 11 bits.
+__device__ __forceinline__ unsigned rounded(float v) {
+  unsigned r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
+  return r;
+}
+// What a product reads of a number in shared memory.
+__device__ __forceinline__ float cut(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+
+__device__ __forceinline__ float load_shared(unsigned address) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ float4 load_shared_16(unsigned address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared_16(unsigned address, unsigned a, unsigned b, unsigned c, unsigned d) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+template <Finish FINISH> __device__ __forceinline__ float finished_exactly(float v, float slope) {
+  if constexpr (FINISH == Finish::Swish)
+    return v / (1.f + exp_of(-slope * v));
+  if constexpr (FINISH == Finish::GeluTanh)
+    return v * sigmoid_of(gelu_tanh_argument(v));
+  if constexpr (FINISH == Finish::Gelu)
+    return v * normal_cdf_of(v);
+  if constexpr (FINISH == Finish::Relu)
+    return relu_of(v);
+  return v;
+}
+
+// Finishes and writes a tile's rows `row` and `row` + 8 of a thread, eight columns at a time: sums as in `write_tile`.
+template <class K, Finish FINISH>
+__device__ __forceinline__ void write_rows(const Product &p, float (&sums)[K::SUMS], int row, int column,
+                                           unsigned biases) {
+  constexpr int HALF = K::GATED ? K::SUMS / 2 : K::SUMS;
+  const int own = 2 * (threadIdx.x % 4);
+  float *const out = static_cast<float *>(p.out_rows) + row * p.out_stride + column + own;
+#pragma unroll 1
+  for (int first = 0; first < K::OUT_COLUMNS; first += 8) {
+    float bias[2] = {0.f, 0.f}, bias_up[2] = {0.f, 0.f}, values[4];
+    if (biases)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        bias[e] = load_shared(biases + 4 * (first + own + e));
+        if (K::GATED)
+          bias_up[e] = load_shared(biases + 4 * (first + own + e + K::OUT_COLUMNS));
+      }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[i] = finished_exactly<FINISH>(sums[i] + bias[i % 2], p.slope);
+      if (K::GATED)
+        values[i] *= sums[K::SUMS / 2 + i] + bias_up[i % 2];
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (row + 8 * r < p.tokens && column + first + own < p.columns)
+        *reinterpret_cast<float2 *>(out + 8 * r * p.out_stride + first) = make_float2(values[2 * r], values[2 * r + 1]);
+#pragma unroll
+    for (int half = 0; half < K::SUMS; half += HALF)
+#pragma unroll
+      for (int i = 0; i + 4 < HALF; ++i)
+        sums[half + i] = sums[half + i + 4];
+  }
+}
+
+// The barrier of a stage whose weights' low parts are there.
+template <class K> __device__ __forceinline__ unsigned parted(const Ring<K> &ring, int stage) {
+  return ring.empty(stage) + 8 * K::STAGES;
+}
+template <class K> __device__ __forceinline__ int stages_of_block(const Product &p) {
+  const int tiles = p.row_tiles * p.column_tiles, step = gridDim.x / K::CLUSTER, first = blockIdx.x / K::CLUSTER;
+  return (tiles - first + step - 1) / step * p.stages;
+}
+
+template <class K> __device__ __forceinline__ void part_weights(const Product &p, const Ring<K> &ring) {
+  constexpr int PIECES = K::COLUMNS * SWIZZLE_BYTES / 16, THREADS_HERE = PARTERS * 32, AT_ONCE = 4;
+  const int stages = stages_of_block<K>(p), thread = threadIdx.x - 32;
+  int stage = 0;
+  unsigned parity = 0;
+  for (int i = 0; i < stages; ++i) {
+    barrier_wait(ring.full(stage), parity);
+    const unsigned from = ring.weights(stage), to = from + K::COLUMNS * SWIZZLE_BYTES;
+    for (int first = thread; first < PIECES; first += AT_ONCE * THREADS_HERE) {
+      float4 v[AT_ONCE];
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j)
+        if (first + j * THREADS_HERE < PIECES)
+          v[j] = load_shared_16(from + 16 * (first + j * THREADS_HERE));
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j)
+        if (first + j * THREADS_HERE < PIECES)
+          store_shared_16(to + 16 * (first + j * THREADS_HERE), rounded(v[j].x - cut(v[j].x)),
+                          rounded(v[j].y - cut(v[j].y)), rounded(v[j].z - cut(v[j].z)), rounded(v[j].w - cut(v[j].w)));
+    }
+    fence_shared_copies();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+      barrier_arrive(parted(ring, stage));
+    if (++stage == K::STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+}
+
+template <class K>
+__device__ __forceinline__ void multiply_parted(const Product &p, const Ring<K> &ring, const Place<K> &at) {
+  using Step = WarpgroupProductTf32<K::COLUMNS>;
+  constexpr int STEPS = K::DEPTH / 8;
+  wait_for_previous_kernel();
+  const int consumer = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP, lane = thread % 32;
+  const int step = gridDim.x / K::CLUSTER, tiles = p.row_tiles * p.column_tiles;
+  const bool has_biases = p.bias || p.bias_up;
+  // Where a thread's row starts in a stage, its swizzle's part included.
+  const int own_row = consumer * 64 + thread / 32 * 16 + lane / 4;
+  const unsigned own = own_row * SWIZZLE_BYTES + lane / 4 * 16 + lane % 4 * 4;
+  int stage = 0;
+  unsigned parity = 0;
+  for (int tile = blockIdx.x / K::CLUSTER; tile < tiles; tile += step) {
+    float sums[K::SUMS], stage_sums[K::SUMS];
+#pragma unroll
+    for (int i = 0; i < K::SUMS; ++i)
+      sums[i] = 0.f;
+    for (int depth = 0; depth < p.stages; ++depth) {
+      unsigned high[STEPS][4], low[STEPS][4];
+      barrier_wait(ring.full(stage), parity);
+#pragma unroll
+      for (int k = 0; k < STEPS; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float v = load_shared(((ring.rows(stage) + own) ^ (2 * k + i / 2) * 16) + i % 2 * 8 * SWIZZLE_BYTES);
+          high[k][i] = rounded(v);
+          low[k][i] = rounded(v - __uint_as_float(high[k][i]));
+        }
+      barrier_wait(parted(ring, stage), parity);
+      const unsigned long long weights = tile_descriptor(ring.weights(stage)),
+                               weights_low = tile_descriptor(ring.weights(stage) + K::COLUMNS * SWIZZLE_BYTES);
+      products_begin();
+#pragma unroll
+      for (int k = 0; k < STEPS; ++k)
+        Step::add(stage_sums, low[k], weights + 2 * k, k > 0);
+#pragma unroll
+      for (int k = 0; k < STEPS; ++k)
+        Step::add(stage_sums, high[k], weights_low + 2 * k, 1);
+#pragma unroll
+      for (int k = 0; k < STEPS; ++k)
+        Step::add(stage_sums, high[k], weights + 2 * k, 1);
+      products_commit();
+      products_wait<0>();
+      pin(stage_sums);
+      // Each warp for itself: it has read rows of its own.
+      if constexpr (K::SHARE == 1) {
+        if (lane == 0)
+          barrier_arrive(ring.empty(stage));
+      } else if (lane < K::SHARE) {
+        barrier_arrive_in_cluster(cluster_address(ring.empty(stage), lane));
+      }
+#pragma unroll
+      for (int i = 0; i < K::SUMS; ++i)
+        sums[i] += stage_sums[i];
+      if (++stage == K::STAGES) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+    const int row = at.row_of(p, tile) + own_row, column = at.column_of(p, tile);
+    unsigned biases = 0;
+    if (has_biases) {
+      biases = ring.biases(consumer);
+      meet_warpgroup(consumer); // nobody reads the last tile's any more
+      for (int i = thread; i < K::COLUMNS; i += WARPGROUP)
+        store_shared(biases + 4 * i, bias_of<K>(p, column, i));
+      meet_warpgroup(consumer);
+    }
+    with_finish<K::GATED>(p.finish, [&](auto finish) { write_rows<K, finish>(p, sums, row, column, biases); });
+  }
+}
+
+#endif // FUSED_MLP_HOPPER
+
+template <class K> __global__ void __launch_bounds__(K::THREADS, 1) parted_kernel(const __grid_constant__ Product p) {
+#ifdef FUSED_MLP_HOPPER
+  extern __shared__ unsigned char shared[];
+  const Ring<K> ring{(shared_address(shared) + SWIZZLE_ALIGN - 1) / SWIZZLE_ALIGN * SWIZZLE_ALIGN};
+  const Place<K> at(K::CLUSTER == 1 ? 0 : cluster_rank());
+  if (threadIdx.x == 0) {
+    prefetch_map(&p.rows);
+    prefetch_map(&p.weights);
+    prefetch_map(&p.up);
+    for (int stage = 0; stage < K::STAGES; ++stage) {
+      barrier_init(ring.full(stage), 1);
+      barrier_init(ring.empty(stage), 4 * K::CONSUMERS * K::SHARE);
+      barrier_init(parted(ring, stage), PARTERS);
+    }
+    publish_barriers();
+  }
+  if constexpr (K::CLUSTER == 1)
+    __syncthreads();
+  else
+    cluster_meet();
+  if (threadIdx.x < WARPGROUP) {
+    give_registers<K::PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0)
+      produce(p, ring, at);
+    else if (threadIdx.x >= 32)
+      part_weights(p, ring);
+    __syncwarp();
+  } else {
+    take_registers<K::CONSUMER_REGISTERS>();
+    multiply_parted(p, ring, at);
+  }
+  if (K::CLUSTER > 1)
+    cluster_meet(); // nobody reads or copies into a block that has ended
+#endif
+}
+
+template <bool GATED, int COLUMNS, int SHARE> constexpr Variant parted_variant() {
+  using K = PartedTile<GATED, COLUMNS, SHARE>;
+  return variant_of<K, parted_kernel<K>>();
+}
+
+} // namespace
+
+const Variant *gemm_variants_f32(int *count) {
+  static const Variant variants[] = {
+      parted_variant<true, 64, 1>(),   parted_variant<true, 128, 1>(),  parted_variant<true, 160, 1>(),
+      parted_variant<true, 128, 2>(),  parted_variant<true, 160, 2>(),  parted_variant<false, 32, 1>(),
+      parted_variant<false, 64, 1>(),  parted_variant<false, 96, 1>(),  parted_variant<false, 128, 1>(),
+      parted_variant<false, 160, 1>(), parted_variant<false, 128, 2>(), parted_variant<false, 160, 2>(),
+  };
+  *count = sizeof(variants) / sizeof(variants[0]);
+  return variants;
+}
+
+} // namespace fused_mlp
