@@ -69,7 +69,9 @@ bool takes(const FusedMlpArgs &args) {
   Finish finish;
   float slope;
   const bool known = args.dtype == FUSED_MLP_BF16 || args.dtype == FUSED_MLP_F16 || args.dtype == FUSED_MLP_F32;
-  return known && args.tokens > 0 && args.hidden_size > 0 && args.intermediate_size > 0 && args.output_size > 0 &&
+  // Gate and up leave no room to keep sums of so great a depth accurate.
+  const bool too_deep = args.dtype == FUSED_MLP_F32 && args.gated && args.hidden_size > 8192;
+  return known && !too_deep && args.tokens > 0 && args.hidden_size > 0 && args.intermediate_size > 0 && args.output_size > 0 &&
          args.intermediate_size * element_bytes(args.dtype) % 16 == 0 &&
          args.output_size * element_bytes(args.dtype) % 16 == 0 && args.x && args.gate && args.down &&
          (!args.gated || args.up) && finish_of(args.activation, &finish, &slope) &&
@@ -82,36 +84,40 @@ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // About how long a product takes with these tiles, in microseconds on an H100: waves of tiles, each as long as its
 // products or its copies from L2, whichever takes longer, and then its finish; or as long as its weights take from
-// memory, whose speed grows less than the number of blocks that read. Only differences between tiles count. The numbers
-// were fitted to pairs of products of eight MLPs at eight token counts each, where the choice costs 2% on average
-// (`harness/gemm sweep`).
+// memory, where few blocks read more slowly. Only differences between tiles count. The numbers were fitted to pairs of
+// products of eight MLPs at nine token counts each, where the choice costs 0.5% on average (`harness/gemm sweep`).
 double cost(const Variant &v, const Operands &o, int resident) {
   const int clusters = ceil_div(o.tokens, v.rows * v.share) * ceil_div(o.columns, v.columns * v.peers);
   const int blocks = clusters * v.share * v.peers * v.split, waves = ceil_div(blocks, resident);
   const double tile = static_cast<double>(v.rows) * v.weights;
-  const double multiply = 1.94e-5 * tile, copy = 1.94e-3 * (v.rows / v.peers + v.weights / v.share);
-  const double products = ceil_div(o.depth, 64) / static_cast<double>(v.split) * (std::fmax(multiply, copy) + 0.0436);
-  const double finish = 8.48e-5 * tile + (v.split > 1 ? 0.087 + 1.34e-4 * tile : 0.);
+  const double multiply = 1.94e-5 * tile;
+  const double copy = 1.94e-3 * (static_cast<double>(v.rows) / v.peers + static_cast<double>(v.weights) / v.share);
+  const double products = ceil_div(o.depth, 64) / static_cast<double>(v.split) * (std::fmax(multiply, copy) + 0.054);
+  const double finish = 7.2e-5 * tile + (v.split > 1 ? 0.087 + 9.8e-5 * tile : 0.);
   double time;
   if (v.pingpong)
-    time = (waves - 1) * std::fmax(products, finish / 2) + products + finish + (waves > 1 ? 4.54 : 0.);
+    time = (waves - 1) * std::fmax(products, finish / 2) + products + finish + (waves > 1 ? 2.5 : 0.);
   else
-    time = waves * (products + finish * (waves > 1 ? 0.849 : 1.)); // some of it while the other warpgroup multiplies
+    time = waves * (products + finish);
   const double busy = std::fmin(1., static_cast<double>(blocks) / resident);
   const double bytes = 2. * o.depth * o.columns * (v.gated ? 2 : 1);
-  return std::fmax(time, bytes / 3.42e6 / std::pow(busy, 0.444)) + 1.89 * busy + 0.126 * waves;
+  return std::fmax(time, bytes / 3.42e6 / busy) + 3.5 * busy + 0.18 * waves;
 }
 
-// The same in f32: a stage is three products of 32 elements, which the tensor cores take eight times as long for.
+// The same in f32, where a stage is three products of 32 elements.
 double cost_f32(const Variant &v, const Operands &o, int resident) {
-  const int clusters = ceil_div(o.tokens, v.rows * v.share) * ceil_div(o.columns, v.columns);
-  const int blocks = clusters * v.share, waves = ceil_div(blocks, resident);
+  const int stages = ceil_div(ceil_div(o.depth, 32), v.split);
+  // Of more, the sums would be rounded too often.
+  if (v.split > 1 && stages > 128 * v.split)
+    return HUGE_VAL;
+  const int blocks = ceil_div(o.tokens, v.rows) * ceil_div(o.columns, v.columns) * v.split;
+  const int waves = ceil_div(blocks, resident);
   const double tile = static_cast<double>(v.rows) * v.weights;
-  const double multiply = 5.6e-5 * tile + 0.1, copy = 1.94e-3 * (v.rows + v.weights / v.share);
-  const double time = waves * (ceil_div(o.depth, 32) * std::fmax(multiply, copy) + 1.5e-4 * tile);
+  const double multiply = 5.8e-5 * tile + 0.4, copy = 2.1e-3 * (v.rows + v.weights);
+  const double finish = 1.15e-4 * tile + (v.split > 1 ? 0.12 + 1.55e-4 * tile : 0.);
   const double busy = std::fmin(1., static_cast<double>(blocks) / resident);
   const double bytes = 4. * o.depth * o.columns * (v.gated ? 2 : 1);
-  return std::fmax(time, bytes / 3.42e6 / std::pow(busy, 0.444)) + 1.89 * busy;
+  return std::fmax(waves * (stages * std::fmax(multiply, copy) + finish), bytes / 3.42e6 / std::sqrt(busy)) + 2.3 * busy;
 }
 
 // The tiles of least cost.

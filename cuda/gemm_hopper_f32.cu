@@ -2,21 +2,23 @@
 // numbers, high and low, and each product as high low + low high + high high.
 //
 // What a product leaves out, low low, is some 2^-23 of it. The tensor cores cut off bits where they add, so a stage's sums
-// start from zero, small terms first, and are added to the tile's sums in f32. A consumer parts the rows in its registers;
-// the weights' low parts are put beside the weights in shared memory by three warps of their own.
+// start from zero, small terms first, and are added to the tile's sums in f32; of a great depth, those are added to the output
+// now and then. A consumer parts the rows in its registers; the weights' low parts are put beside the weights in shared memory
+// by three warps of their own. Shared memory is what limits these kernels: both consumers read all weights of a stage.
 #include "activation.cuh"
 #include "gemm_hopper.cuh"
 
 namespace fused_mlp {
 namespace {
 
-constexpr int PARTERS = 3; // warps, beside the producer's
+constexpr int PARTERS = 3;    // warps, beside the producer's
+constexpr int SEGMENT = 64;   // stages whose sums stay in registers, where there are more than twice as many
 
-template <bool GATED_, int COLUMNS_, int SHARE_> struct PartedTile : Warpgroups<2> {
+template <bool GATED_, int COLUMNS_, int SPLIT_> struct PartedTile : Warpgroups<2> {
   using T = float;
   using Bits = float;
   static constexpr bool GATED = GATED_, PINGPONG = false;
-  static constexpr int ROWS = 64 * CONSUMERS, COLUMNS = COLUMNS_, SHARE = SHARE_, PEERS = 1, SPLIT = 1, CLUSTER = SHARE;
+  static constexpr int ROWS = 64 * CONSUMERS, COLUMNS = COLUMNS_, SHARE = 1, PEERS = 1, SPLIT = SPLIT_, CLUSTER = SPLIT;
   static constexpr int DEPTH = SWIZZLE_BYTES / sizeof(T);
   static constexpr int OUT_COLUMNS = GATED ? COLUMNS / 2 : COLUMNS, SUMS = COLUMNS / 2;
   static constexpr int BOXES = 2;
@@ -27,6 +29,7 @@ template <bool GATED_, int COLUMNS_, int SHARE_> struct PartedTile : Warpgroups<
   static constexpr int FIT = (SHARED_BYTES - SWIZZLE_ALIGN - BIAS_BYTES - 256) / STAGE_BYTES;
   static constexpr int STAGES = FIT < 8 ? FIT : 8;
   static constexpr int TOTAL_BYTES = SWIZZLE_ALIGN + STAGES * STAGE_BYTES + BIAS_BYTES + 24 * STAGES;
+  static_assert(SPLIT == 1 || ROWS * COLUMNS * 4 <= STAGES * STAGE_BYTES, "sums meet in the stages");
 };
 
 #ifdef FUSED_MLP_HOPPER
@@ -37,8 +40,9 @@ __device__ __forceinline__ unsigned rounded(float v) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
   return r;
 }
-// What a product reads of a number in shared memory.
+// What a product takes of a number in shared memory, and the rest of it.
 __device__ __forceinline__ float cut(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+__device__ __forceinline__ unsigned rest_of(float v, float high) { return rounded(v - high); }
 
 __device__ __forceinline__ float load_shared(unsigned address) {
   float v;
@@ -69,33 +73,47 @@ template <Finish FINISH> __device__ __forceinline__ float finished_exactly(float
   return v;
 }
 
-// Finishes and writes a tile's rows `row` and `row` + 8 of a thread, eight columns at a time: sums as in `write_tile`.
+// Finishes and writes eight columns of the rows `row` and `row` + 8 of a thread, from the `first`th of the tile on: values[2 r
+// + e] is row + 8 r, column 2 (lane % 4) + e.
+template <class K, Finish FINISH>
+__device__ __forceinline__ void write_eight(const Product &p, int row, int column, int first, unsigned biases,
+                                            const float (&values)[4], const float (&up)[4]) {
+  const int own = first + 2 * (threadIdx.x % 4);
+  float bias[2] = {0.f, 0.f}, bias_up[2] = {0.f, 0.f}, out[4];
+  if (biases)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      bias[e] = load_shared(biases + 4 * (own + e));
+      if (K::GATED)
+        bias_up[e] = load_shared(biases + 4 * (own + e + K::OUT_COLUMNS));
+    }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[i] = finished_exactly<FINISH>(values[i] + bias[i % 2], p.slope);
+    if (K::GATED)
+      out[i] *= up[i] + bias_up[i % 2];
+  }
+  float *const to = static_cast<float *>(p.out_rows) + row * p.out_stride + column + own;
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    if (row + 8 * r < p.tokens && column + own < p.columns)
+      *reinterpret_cast<float2 *>(to + 8 * r * p.out_stride) = make_float2(out[2 * r], out[2 * r + 1]);
+}
+
+// A thread's sums of a tile, eight columns at a time: as in `write_tile`.
 template <class K, Finish FINISH>
 __device__ __forceinline__ void write_rows(const Product &p, float (&sums)[K::SUMS], int row, int column,
                                            unsigned biases) {
   constexpr int HALF = K::GATED ? K::SUMS / 2 : K::SUMS;
-  const int own = 2 * (threadIdx.x % 4);
-  float *const out = static_cast<float *>(p.out_rows) + row * p.out_stride + column + own;
 #pragma unroll 1
   for (int first = 0; first < K::OUT_COLUMNS; first += 8) {
-    float bias[2] = {0.f, 0.f}, bias_up[2] = {0.f, 0.f}, values[4];
-    if (biases)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        bias[e] = load_shared(biases + 4 * (first + own + e));
-        if (K::GATED)
-          bias_up[e] = load_shared(biases + 4 * (first + own + e + K::OUT_COLUMNS));
-      }
+    float values[4], up[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      values[i] = finished_exactly<FINISH>(sums[i] + bias[i % 2], p.slope);
-      if (K::GATED)
-        values[i] *= sums[K::SUMS / 2 + i] + bias_up[i % 2];
+      values[i] = sums[i];
+      up[i] = sums[K::SUMS / 2 + i];
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      if (row + 8 * r < p.tokens && column + first + own < p.columns)
-        *reinterpret_cast<float2 *>(out + 8 * r * p.out_stride + first) = make_float2(values[2 * r], values[2 * r + 1]);
+    write_eight<K, FINISH>(p, row, column, first, biases, values, up);
 #pragma unroll
     for (int half = 0; half < K::SUMS; half += HALF)
 #pragma unroll
@@ -104,18 +122,65 @@ __device__ __forceinline__ void write_rows(const Product &p, float (&sums)[K::SU
   }
 }
 
+// The same of a tile whose sums are in as many parts as the cluster has blocks; each block writes a share of the columns.
+template <class K, Finish FINISH>
+__device__ __forceinline__ void write_split_rows(const Product &p, unsigned sums_at, const Place<K> &at, int row,
+                                                 int column, unsigned biases) {
+  constexpr int UNITS = K::OUT_COLUMNS / 8;
+  const unsigned thread = sums_at + 4 * (threadIdx.x - WARPGROUP);
+  const auto sum = [&](int i) {
+    float sum = 0.f;
+#pragma unroll
+    for (int block = 0; block < K::SPLIT; ++block)
+      sum += load_from_cluster(
+          cluster_address(thread + 4 * K::CONSUMERS * WARPGROUP * i, at.rank_of(at.share, at.peer, block)));
+    return sum;
+  };
+  for (int unit = at.split * UNITS / K::SPLIT; unit < (at.split + 1) * UNITS / K::SPLIT; ++unit) {
+    float values[4], up[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[i] = sum(4 * unit + i);
+      up[i] = K::GATED ? sum(4 * unit + i + K::SUMS / 2) : 0.f;
+    }
+    write_eight<K, FINISH>(p, row, column, 8 * unit, biases, values, up);
+  }
+}
+
+// Adds what a thread's part of the output has to its sums, or the other way round.
+template <class K, bool STORE>
+__device__ __forceinline__ void exchange(const Product &p, float (&sums)[K::SUMS], int row, int column) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int own = column + 2 * (threadIdx.x % 4);
+    float *const at = static_cast<float *>(p.out_rows) + (row + 8 * r) * p.out_stride + own;
+#pragma unroll
+    for (int i = 0; i < K::SUMS / 4; ++i)
+      if (row + 8 * r < p.tokens && own + 8 * i < p.columns) {
+        float2 *const there = reinterpret_cast<float2 *>(at + 8 * i);
+        float &low = sums[4 * i + 2 * r], &high = sums[4 * i + 2 * r + 1];
+        if (STORE) {
+          *there = make_float2(low, high);
+        } else {
+          const float2 v = *there;
+          low += v.x;
+          high += v.y;
+        }
+      }
+  }
+}
+
 // The barrier of a stage whose weights' low parts are there.
 template <class K> __device__ __forceinline__ unsigned parted(const Ring<K> &ring, int stage) {
   return ring.empty(stage) + 8 * K::STAGES;
 }
-template <class K> __device__ __forceinline__ int stages_of_block(const Product &p) {
-  const int tiles = p.row_tiles * p.column_tiles, step = gridDim.x / K::CLUSTER, first = blockIdx.x / K::CLUSTER;
-  return (tiles - first + step - 1) / step * p.stages;
-}
 
-template <class K> __device__ __forceinline__ void part_weights(const Product &p, const Ring<K> &ring) {
+template <class K>
+__device__ __forceinline__ void part_weights(const Product &p, const Ring<K> &ring, const Place<K> &at) {
   constexpr int PIECES = K::COLUMNS * SWIZZLE_BYTES / 16, THREADS_HERE = PARTERS * 32, AT_ONCE = 4;
-  const int stages = stages_of_block<K>(p), thread = threadIdx.x - 32;
+  const int tiles = p.row_tiles * p.column_tiles, step = gridDim.x / K::CLUSTER, first_tile = blockIdx.x / K::CLUSTER;
+  const int stages = (tiles - first_tile + step - 1) / step * (at.end_stage(p.stages) - at.first_stage(p.stages));
+  const int thread = threadIdx.x - 32;
   int stage = 0;
   unsigned parity = 0;
   for (int i = 0; i < stages; ++i) {
@@ -130,8 +195,8 @@ template <class K> __device__ __forceinline__ void part_weights(const Product &p
 #pragma unroll
       for (int j = 0; j < AT_ONCE; ++j)
         if (first + j * THREADS_HERE < PIECES)
-          store_shared_16(to + 16 * (first + j * THREADS_HERE), rounded(v[j].x - cut(v[j].x)),
-                          rounded(v[j].y - cut(v[j].y)), rounded(v[j].z - cut(v[j].z)), rounded(v[j].w - cut(v[j].w)));
+          store_shared_16(to + 16 * (first + j * THREADS_HERE), rest_of(v[j].x, cut(v[j].x)),
+                          rest_of(v[j].y, cut(v[j].y)), rest_of(v[j].z, cut(v[j].z)), rest_of(v[j].w, cut(v[j].w)));
     }
     fence_shared_copies();
     __syncwarp();
@@ -144,7 +209,7 @@ template <class K> __device__ __forceinline__ void part_weights(const Product &p
   }
 }
 
-template <class K>
+template <class K, bool EARLY>
 __device__ __forceinline__ void multiply_parted(const Product &p, const Ring<K> &ring, const Place<K> &at) {
   using Step = WarpgroupProductTf32<K::COLUMNS>;
   constexpr int STEPS = K::DEPTH / 8;
@@ -155,23 +220,38 @@ __device__ __forceinline__ void multiply_parted(const Product &p, const Ring<K> 
   // Where a thread's row starts in a stage, its swizzle's part included.
   const int own_row = consumer * 64 + thread / 32 * 16 + lane / 4;
   const unsigned own = own_row * SWIZZLE_BYTES + lane / 4 * 16 + lane % 4 * 4;
+  const int stages = at.end_stage(p.stages) - at.first_stage(p.stages);
   int stage = 0;
   unsigned parity = 0;
+  float rows[STEPS][4];
+  // The next stage's rows, asked for while the tensor cores are at the last one's.
+  const auto load_rows = [&] {
+    barrier_wait(ring.full(stage), parity);
+#pragma unroll
+    for (int k = 0; k < STEPS; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        rows[k][i] = load_shared(((ring.rows(stage) + own) ^ (2 * k + i / 2) * 16) + i % 2 * 8 * SWIZZLE_BYTES);
+  };
   for (int tile = blockIdx.x / K::CLUSTER; tile < tiles; tile += step) {
+    const int row = at.row_of(p, tile) + own_row, column = at.column_of(p, tile);
     float sums[K::SUMS], stage_sums[K::SUMS];
 #pragma unroll
     for (int i = 0; i < K::SUMS; ++i)
       sums[i] = 0.f;
-    for (int depth = 0; depth < p.stages; ++depth) {
+    bool parted_sums = false; // some are in the output
+    if (EARLY && stages > 0)
+      load_rows();
+    for (int depth = 0; depth < stages; ++depth) {
       unsigned high[STEPS][4], low[STEPS][4];
-      barrier_wait(ring.full(stage), parity);
+      if (!EARLY)
+        load_rows();
 #pragma unroll
       for (int k = 0; k < STEPS; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float v = load_shared(((ring.rows(stage) + own) ^ (2 * k + i / 2) * 16) + i % 2 * 8 * SWIZZLE_BYTES);
-          high[k][i] = rounded(v);
-          low[k][i] = rounded(v - __uint_as_float(high[k][i]));
+          high[k][i] = rounded(rows[k][i]);
+          low[k][i] = rest_of(rows[k][i], __uint_as_float(high[k][i]));
         }
       barrier_wait(parted(ring, stage), parity);
       const unsigned long long weights = tile_descriptor(ring.weights(stage)),
@@ -187,24 +267,35 @@ __device__ __forceinline__ void multiply_parted(const Product &p, const Ring<K> 
       for (int k = 0; k < STEPS; ++k)
         Step::add(stage_sums, high[k], weights + 2 * k, 1);
       products_commit();
-      products_wait<0>();
-      pin(stage_sums);
-      // Each warp for itself: it has read rows of its own.
-      if constexpr (K::SHARE == 1) {
-        if (lane == 0)
-          barrier_arrive(ring.empty(stage));
-      } else if (lane < K::SHARE) {
-        barrier_arrive_in_cluster(cluster_address(ring.empty(stage), lane));
-      }
-#pragma unroll
-      for (int i = 0; i < K::SUMS; ++i)
-        sums[i] += stage_sums[i];
+      const unsigned used = ring.empty(stage);
       if (++stage == K::STAGES) {
         stage = 0;
         parity ^= 1;
       }
+      if (EARLY && depth + 1 < stages)
+        load_rows();
+      products_wait<0>();
+      pin(stage_sums);
+      if (lane == 0)
+        barrier_arrive(used); // each warp for itself: it has read rows of its own
+#pragma unroll
+      for (int i = 0; i < K::SUMS; ++i)
+        sums[i] += stage_sums[i];
+      // Adding to a sum that grew rounds off more and more.
+      if constexpr (!K::GATED && K::SPLIT == 1)
+        if (depth % SEGMENT == SEGMENT - 1 && depth + 1 + SEGMENT < stages) {
+          if (parted_sums)
+            exchange<K, false>(p, sums, row, column);
+          exchange<K, true>(p, sums, row, column);
+          parted_sums = true;
+#pragma unroll
+          for (int i = 0; i < K::SUMS; ++i)
+            sums[i] = 0.f;
+        }
     }
-    const int row = at.row_of(p, tile) + own_row, column = at.column_of(p, tile);
+    if constexpr (!K::GATED && K::SPLIT == 1)
+      if (parted_sums)
+        exchange<K, false>(p, sums, row, column);
     unsigned biases = 0;
     if (has_biases) {
       biases = ring.biases(consumer);
@@ -213,13 +304,23 @@ __device__ __forceinline__ void multiply_parted(const Product &p, const Ring<K> 
         store_shared(biases + 4 * i, bias_of<K>(p, column, i));
       meet_warpgroup(consumer);
     }
-    with_finish<K::GATED>(p.finish, [&](auto finish) { write_rows<K, finish>(p, sums, row, column, biases); });
+    if constexpr (K::SPLIT == 1) {
+      with_finish<K::GATED>(p.finish, [&](auto finish) { write_rows<K, finish>(p, sums, row, column, biases); });
+    } else {
+      asm volatile("bar.sync 1, %0;" ::"n"(K::CONSUMERS * WARPGROUP) : "memory"); // both are done with the stages
+#pragma unroll
+      for (int i = 0; i < K::SUMS; ++i)
+        store_shared(ring.base + 4 * (K::CONSUMERS * WARPGROUP * i + threadIdx.x - WARPGROUP), sums[i]);
+      cluster_sync();
+      with_finish<K::GATED>(
+          p.finish, [&](auto finish) { write_split_rows<K, finish>(p, ring.base, at, row, column, biases); });
+    }
   }
 }
 
 #endif // FUSED_MLP_HOPPER
 
-template <class K> __global__ void __launch_bounds__(K::THREADS, 1) parted_kernel(const __grid_constant__ Product p) {
+template <class K, bool EARLY> __global__ void __launch_bounds__(K::THREADS, 1) parted_kernel(const __grid_constant__ Product p) {
 #ifdef FUSED_MLP_HOPPER
   extern __shared__ unsigned char shared[];
   const Ring<K> ring{(shared_address(shared) + SWIZZLE_ALIGN - 1) / SWIZZLE_ALIGN * SWIZZLE_ALIGN};
@@ -230,7 +331,7 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, 1) parted_kerne
     prefetch_map(&p.up);
     for (int stage = 0; stage < K::STAGES; ++stage) {
       barrier_init(ring.full(stage), 1);
-      barrier_init(ring.empty(stage), 4 * K::CONSUMERS * K::SHARE);
+      barrier_init(ring.empty(stage), 4 * K::CONSUMERS);
       barrier_init(parted(ring, stage), PARTERS);
     }
     publish_barriers();
@@ -244,30 +345,46 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, 1) parted_kerne
     if (threadIdx.x == 0)
       produce(p, ring, at);
     else if (threadIdx.x >= 32)
-      part_weights(p, ring);
+      part_weights(p, ring, at);
     __syncwarp();
+    if (K::SPLIT > 1)
+      cluster_sync(); // where the consumers exchange sums
   } else {
     take_registers<K::CONSUMER_REGISTERS>();
-    multiply_parted(p, ring, at);
+    multiply_parted<K, EARLY>(p, ring, at);
   }
   if (K::CLUSTER > 1)
     cluster_meet(); // nobody reads or copies into a block that has ended
 #endif
 }
 
-template <bool GATED, int COLUMNS, int SHARE> constexpr Variant parted_variant() {
-  using K = PartedTile<GATED, COLUMNS, SHARE>;
-  return variant_of<K, parted_kernel<K>>();
+template <bool GATED, int COLUMNS, int SPLIT, bool EARLY = true> constexpr Variant parted_variant() {
+  using K = PartedTile<GATED, COLUMNS, SPLIT>;
+  return variant_of<K, parted_kernel<K, EARLY>>();
 }
 
 } // namespace
 
 const Variant *gemm_variants_f32(int *count) {
   static const Variant variants[] = {
-      parted_variant<true, 64, 1>(),   parted_variant<true, 128, 1>(),  parted_variant<true, 160, 1>(),
-      parted_variant<true, 128, 2>(),  parted_variant<true, 160, 2>(),  parted_variant<false, 32, 1>(),
-      parted_variant<false, 64, 1>(),  parted_variant<false, 96, 1>(),  parted_variant<false, 128, 1>(),
-      parted_variant<false, 160, 1>(), parted_variant<false, 128, 2>(), parted_variant<false, 160, 2>(),
+      // Gated: weights' rows, split.
+      parted_variant<true, 128, 1>(),
+      parted_variant<true, 160, 1>(),
+      parted_variant<true, 64, 2>(),
+      parted_variant<true, 128, 2>(),
+      // Plain.
+      parted_variant<false, 64, 1>(),
+      parted_variant<false, 96, 1>(),
+      parted_variant<false, 128, 1>(),
+      parted_variant<false, 160, 1>(),
+      parted_variant<false, 64, 2>(),
+      parted_variant<false, 128, 2>(),
+      parted_variant<false, 64, 4>(),
+      parted_variant<false, 128, 4>(),
+      parted_variant<false, 64, 8>(),
+      parted_variant<true, 128, 1, false>(),
+      parted_variant<true, 160, 1, false>(),
+      parted_variant<false, 128, 1, false>(),
   };
   *count = sizeof(variants) / sizeof(variants[0]);
   return variants;

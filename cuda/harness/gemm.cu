@@ -158,11 +158,11 @@ template <typename T> int check(bool quick) {
   const struct {
     int tokens, depth, columns, pad;
   } sizes[] = {{70, 72, 200, 0}, {129, 576, 520, 8},   {300, 1024, 1536, 0},
-               {1, 64, 8, 0},    {515, 1544, 1000, 0}, {2100, 576, 4104, 0}};
+               {1, 64, 8, 0},    {515, 1544, 1000, 0}, {2100, 576, 4104, 0}, {130, 8200, 264, 0}};
   const Activation activations[] = {Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu,
                                     Activation::QuickGelu};
   for (const Variant &v : all_variants<T>()) {
-    for (int s = 0; s < (quick ? 2 : 6); ++s) {
+    for (int s = 0; s < (quick ? 2 : 7); ++s) {
       const auto &size = sizes[s];
       const Activation activation = activations[(s + cases) % 5];
       Operands o = {};
