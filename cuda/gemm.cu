@@ -88,12 +88,12 @@ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // products of eight MLPs at nine token counts each, where the choice costs 0.5% on average (`harness/gemm sweep`).
 double cost(const Variant &v, const Operands &o, int resident) {
   const int clusters = ceil_div(o.tokens, v.rows * v.share) * ceil_div(o.columns, v.columns * v.peers);
-  const int blocks = clusters * v.share * v.peers * v.split, waves = ceil_div(blocks, resident);
+  const int blocks = clusters * v.share * v.peers * v.split * v.links, waves = ceil_div(blocks, resident);
   const double tile = static_cast<double>(v.rows) * v.weights;
   const double multiply = 1.94e-5 * tile;
   const double copy = 1.94e-3 * (static_cast<double>(v.rows) / v.peers + static_cast<double>(v.weights) / v.share);
-  const double products = ceil_div(o.depth, 64) / static_cast<double>(v.split) * (std::fmax(multiply, copy) + 0.054);
-  const double finish = 7.2e-5 * tile + (v.split > 1 ? 0.087 + 9.8e-5 * tile : 0.);
+  const double products = ceil_div(o.depth, 64) / static_cast<double>(v.split * v.links) * (std::fmax(multiply, copy) + 0.054);
+  const double finish = 7.2e-5 * tile + (v.split > 1 ? 0.087 + 9.8e-5 * tile : 0.) + (v.links > 1 ? 1. + 1.2e-4 * tile : 0.);
   double time;
   if (v.pingpong)
     time = (waves - 1) * std::fmax(products, finish / 2) + products + finish + (waves > 1 ? 2.5 : 0.);
@@ -120,6 +120,14 @@ double cost_f32(const Variant &v, const Operands &o, int resident) {
   return std::fmax(waves * (stages * std::fmax(multiply, copy) + finish), bytes / 3.42e6 / std::sqrt(busy)) + 2.3 * busy;
 }
 
+// Blocks that hand over their sums, and the memory for that.
+int meetings(const Variant &v, const Operands &o) {
+  return ceil_div(o.tokens, v.rows * v.share) * ceil_div(o.columns, v.columns * v.peers) * v.share * v.peers;
+}
+unsigned long long meeting_bytes(const Variant &v, const Operands &o) {
+  return v.links == 1 ? 0 : 4ull * MEETINGS + 4ull * meetings(v, o) * v.rows * v.weights;
+}
+
 // The tiles of least cost.
 int choose(const Operands &o, bool gated, const Variant **best) {
   int count = 0;
@@ -128,7 +136,7 @@ int choose(const Operands &o, bool gated, const Variant **best) {
                                                         : gemm_variants_bf16(&count);
   double least = HUGE_VAL;
   for (const Variant *v = all; v != all + count; ++v) {
-    if (v->gated != gated)
+    if (v->gated != gated || (v->links > 1 && (!o.meeting || meetings(*v, o) > MEETINGS)))
       continue;
     int resident = 0;
     const int status = v->resident(&resident);
@@ -147,6 +155,7 @@ int choose(const Operands &o, bool gated, const Variant **best) {
 int remembered_choice(const Operands &o, bool gated, const Variant **best) {
   struct Memory {
     int device, dtype, gated, tokens, depth, columns;
+    bool meets;
     const Variant *best;
   };
   constexpr int PLACES = 16;
@@ -157,12 +166,12 @@ int remembered_choice(const Operands &o, bool gated, const Variant **best) {
     return error;
   Memory &m = memories[(o.tokens * 31u + o.depth * 7u + o.columns / 8u) % PLACES];
   if (!m.best || m.device != device || m.dtype != o.dtype || m.gated != gated || m.tokens != o.tokens ||
-      m.depth != o.depth || m.columns != o.columns) {
+      m.depth != o.depth || m.columns != o.columns || m.meets != (o.meeting != nullptr)) {
     const Variant *found = nullptr;
     const int status = choose(o, gated, &found);
     if (status != FUSED_MLP_OK)
       return status;
-    m = {device, o.dtype, gated, o.tokens, o.depth, o.columns, found};
+    m = {device, o.dtype, gated, o.tokens, o.depth, o.columns, o.meeting != nullptr, found};
   }
   *best = m.best;
   return FUSED_MLP_OK;
@@ -174,6 +183,42 @@ int enqueue(const Operands &o, bool gated, cudaStream_t stream) {
   return status == FUSED_MLP_OK ? tiles->enqueue(o, stream) : status;
 }
 
+// Bytes of the hidden rows, to where the next thing in the workspace may begin.
+unsigned long long hidden_bytes(const FusedMlpArgs &args) {
+  return (1ull * element_bytes(args.dtype) * args.tokens * args.intermediate_size + 255) / 256 * 256;
+}
+
+// The second product, without what depends on the workspace's size.
+Operands second_product(const FusedMlpArgs &args) {
+  Operands second = {};
+  second.rows = args.workspace;
+  second.weights = args.down;
+  second.bias = args.bias_down;
+  second.out = args.out;
+  second.rows_stride = args.intermediate_size;
+  second.weights_stride = args.down_stride;
+  second.out_stride = args.output_size;
+  second.tokens = args.tokens;
+  second.depth = args.intermediate_size;
+  second.columns = args.output_size;
+  second.dtype = args.dtype;
+  second.finish = Finish::None;
+  // The first product waits for all before it, and this one begins only when that has waited.
+  second.weights_early = true;
+  return second;
+}
+
+// What the second product needs besides the hidden rows.
+int meeting_bytes_of(const FusedMlpArgs &args, unsigned long long *bytes) {
+  Operands second = second_product(args);
+  second.meeting = &second; // there would be one
+  const Variant *tiles = nullptr;
+  const int status = remembered_choice(second, false, &tiles);
+  if (status == FUSED_MLP_OK)
+    *bytes = meeting_bytes(*tiles, second);
+  return status;
+}
+
 } // namespace
 } // namespace fused_mlp
 
@@ -182,6 +227,14 @@ extern "C" int fused_mlp_gemm_takes(const FusedMlpArgs *args, int *takes) {
   const bool described = fused_mlp::takes(*args);
   const int status = described ? fused_mlp::runs_here(&runs) : FUSED_MLP_OK;
   *takes = runs;
+  return status;
+}
+
+extern "C" int fused_mlp_gemm_workspace_bytes(const FusedMlpArgs *args, uint64_t *bytes) {
+  using namespace fused_mlp;
+  unsigned long long meeting = 0;
+  const int status = meeting_bytes_of(*args, &meeting);
+  *bytes = hidden_bytes(*args) + meeting;
   return status;
 }
 
@@ -200,6 +253,13 @@ extern "C" int fused_mlp_gemm(const FusedMlpArgs *args, cudaStream_t stream) {
     return FUSED_MLP_WORKSPACE_TOO_SMALL;
   if (!stream)
     stream = cudaStreamLegacy;
+  Operands second = second_product(*args);
+  unsigned long long meeting = 0;
+  status = meeting_bytes_of(*args, &meeting);
+  if (status != FUSED_MLP_OK)
+    return status;
+  if (meeting > 0 && args->workspace_bytes >= hidden_bytes(*args) + meeting)
+    second.meeting = static_cast<char *>(args->workspace) + hidden_bytes(*args);
   Operands first = {};
   first.rows = args->x;
   first.weights = args->gate;
@@ -216,25 +276,11 @@ extern "C" int fused_mlp_gemm(const FusedMlpArgs *args, cudaStream_t stream) {
   first.columns = args->intermediate_size;
   first.dtype = args->dtype;
   first.weights_early = false;
+  first.clear = second.meeting;
   if (!finish_of(args->activation, &first.finish, &first.slope))
     return FUSED_MLP_UNSUPPORTED;
   status = enqueue(first, args->gated, stream);
   if (status != FUSED_MLP_OK)
     return status;
-  Operands second = {};
-  second.rows = args->workspace;
-  second.weights = args->down;
-  second.bias = args->bias_down;
-  second.out = args->out;
-  second.rows_stride = args->intermediate_size;
-  second.weights_stride = args->down_stride;
-  second.out_stride = args->output_size;
-  second.tokens = args->tokens;
-  second.depth = args->intermediate_size;
-  second.columns = args->output_size;
-  second.dtype = args->dtype;
-  second.finish = Finish::None;
-  // The first product waits for all before it, and this one begins only when that has waited.
-  second.weights_early = true;
   return enqueue(second, false, stream);
 }

@@ -35,6 +35,9 @@ struct Product {
   void *out_rows;
   long long out_stride;
   const void *bias, *bias_up; // or null
+  unsigned *clear;     // flags that this kernel puts to 0 for the next, or null
+  unsigned *flags;     // of blocks that have handed over their sums, and those sums
+  float *sums;
   int tokens, columns; // of the output
   int box_rows;
   int stages;          // of the whole depth
@@ -53,13 +56,15 @@ struct Product {
 //   SHARE: blocks of a cluster, with different rows, that share the copies of their weights
 //   PEERS: blocks of a cluster, with different columns, that share the copies of their rows
 //   SPLIT: parts of a tile's depth, a block of the cluster each, whose sums are added in the order of the blocks
-template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, bool PINGPONG_, int SHARE_, int PEERS_, int SPLIT_>
+//   LINKS: two clusters for a tile, the first of which hands its sums of half of the depth to the second through memory: a
+//   multiprocessor in ten is left over by clusters of four
+template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, bool PINGPONG_, int SHARE_, int PEERS_, int SPLIT_, int LINKS_ = 1>
 struct Tile : Warpgroups<ROWS_ == 192 ? 3 : 2> {
   using Warpgroups<ROWS_ == 192 ? 3 : 2>::CONSUMERS;
   using T = T_;
   using Bits = unsigned short; // of an element
   static constexpr bool GATED = GATED_, PINGPONG = PINGPONG_;
-  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SHARE = SHARE_, PEERS = PEERS_, SPLIT = SPLIT_;
+  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SHARE = SHARE_, PEERS = PEERS_, SPLIT = SPLIT_, LINKS = LINKS_;
   static constexpr int DEPTH = SWIZZLE_BYTES / sizeof(T); // of a stage
   static constexpr int CLUSTER = SHARE * PEERS * SPLIT;
   static constexpr int OUT_COLUMNS = GATED ? COLUMNS / 2 : COLUMNS;
@@ -79,6 +84,7 @@ struct Tile : Warpgroups<ROWS_ == 192 ? 3 : 2> {
   static constexpr int TOTAL_BYTES = SWIZZLE_ALIGN + STAGES * STAGE_BYTES + WRITE_BYTES + BIAS_BYTES + 16 * STAGES;
   static_assert((PARTS == 1 || PARTS == 2) && COLUMNS % 16 == 0 && OUT_COLUMNS % 16 == 0,
                 "a tile is whole products and whole stores");
+  static_assert(LINKS == 1 || (LINKS == 2 && SPLIT == 1 && !PINGPONG), "one tile a block, all warpgroups at it");
   static_assert(SPLIT == 1 || (!PINGPONG && ROWS * COLUMNS * 4 <= STAGES * STAGE_BYTES), "sums meet in the stages");
 };
 
@@ -291,9 +297,11 @@ __device__ __forceinline__ int column_tile_of(const Product &p, int tile) {
 
 // A block's place in its cluster.
 template <class K> struct Place {
-  int share, peer, split;
+  int share, peer, split, link, first_tile, step; // every `step`th tile from the first one on
   __device__ explicit Place(unsigned rank)
-      : share(rank % K::SHARE), peer(rank / K::SHARE % K::PEERS), split(rank / K::SHARE / K::PEERS) {}
+      : share(rank % K::SHARE), peer(rank / K::SHARE % K::PEERS), split(rank / K::SHARE / K::PEERS),
+        link(blockIdx.x / K::CLUSTER % K::LINKS), first_tile(blockIdx.x / K::CLUSTER / K::LINKS),
+        step(gridDim.x / K::CLUSTER / K::LINKS) {}
   __device__ unsigned rank_of(int share, int peer, int split) const {
     return (split * K::PEERS + peer) * K::SHARE + share;
   }
@@ -302,9 +310,13 @@ template <class K> struct Place {
   __device__ int column_of(const Product &p, int tile) const {
     return (column_tile_of(p, tile) * K::PEERS + peer) * K::OUT_COLUMNS;
   }
-  // Its part of a tile's stages.
-  __device__ int first_stage(int stages) const { return split * stages / K::SPLIT; }
-  __device__ int end_stage(int stages) const { return (split + 1) * stages / K::SPLIT; }
+  // Its part of a tile's stages. The first of two clusters has fewer: the other one waits for its sums.
+  __device__ int first_stage(int stages) const {
+    return K::LINKS == 1 ? split * stages / K::SPLIT : link == 0 ? 0 : max(stages / 2 - 1, 0);
+  }
+  __device__ int end_stage(int stages) const {
+    return K::LINKS == 1 ? (split + 1) * stages / K::SPLIT : link == 0 ? max(stages / 2 - 1, 0) : stages;
+  }
 };
 
 // The same for a tile whose sums are in as many parts as the cluster has blocks; each block writes a share of the
@@ -335,7 +347,7 @@ __device__ __forceinline__ void write_split_tile(const Product &p, Outbox<K> &ou
 }
 
 template <class K> __device__ __forceinline__ void produce(const Product &p, const Ring<K> &ring, const Place<K> &at) {
-  const int step = gridDim.x / K::CLUSTER, tiles = p.row_tiles * p.column_tiles;
+  const int step = at.step, tiles = p.row_tiles * p.column_tiles;
   const int first_stage = at.first_stage(p.stages), end_stage = at.end_stage(p.stages);
   int row = 0, column = 0, boxes = 0;
   const auto place = [&](int tile) {
@@ -379,7 +391,7 @@ template <class K> __device__ __forceinline__ void produce(const Product &p, con
     }
   };
 
-  int tile = blockIdx.x / K::CLUSTER, depth = first_stage;
+  int tile = at.first_tile, depth = first_stage;
   place(tile);
   // What can be asked for before the kernel before is over.
   const int early = min(end_stage - first_stage, static_cast<int>(K::STAGES));
@@ -438,11 +450,44 @@ __device__ __forceinline__ void meet_warpgroup(int consumer) {
   asm volatile("bar.sync %0, %1;" ::"r"(4 + consumer), "n"(WARPGROUP) : "memory");
 }
 
+// Hands a block's sums to the one of the other cluster that finishes the tile, or takes them. Blocks start in order, so the
+// one that takes finds the other one started.
+template <class K>
+__device__ __forceinline__ void hand_over(const Product &p, const Place<K> &at, int tile,
+                                          float (&sums)[K::PARTS][K::SUMS]) {
+  constexpr int WIDTH = K::CONSUMERS * WARPGROUP;
+  const long long block = tile * K::CLUSTER + at.rank_of(at.share, at.peer, at.split);
+  float *const own = p.sums + block * (K::ROWS * K::COLUMNS) + threadIdx.x - WARPGROUP;
+  if (at.link == 0) {
+#pragma unroll
+    for (int part = 0; part < K::PARTS; ++part)
+#pragma unroll
+      for (int i = 0; i < K::SUMS; ++i)
+        __stcg(own + WIDTH * (part * K::SUMS + i), sums[part][i]);
+    __threadfence();
+    asm volatile("bar.sync 1, %0;" ::"n"(WIDTH) : "memory");
+    if (threadIdx.x == WARPGROUP)
+      asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(p.flags + block) : "memory");
+    return;
+  }
+  if (threadIdx.x % 32 == 0) {
+    unsigned there = 0;
+    while (there == 0)
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(p.flags + block) : "memory");
+  }
+  __syncwarp();
+#pragma unroll
+  for (int part = 0; part < K::PARTS; ++part)
+#pragma unroll
+    for (int i = 0; i < K::SUMS; ++i)
+      sums[part][i] += __ldcg(own + WIDTH * (part * K::SUMS + i));
+}
+
 template <class K> __device__ __forceinline__ void consume(const Product &p, const Ring<K> &ring, const Place<K> &at) {
   using T = typename K::T;
   wait_for_previous_kernel();
   const int consumer = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP;
-  const int step = gridDim.x / K::CLUSTER, tiles = p.row_tiles * p.column_tiles;
+  const int step = at.step, tiles = p.row_tiles * p.column_tiles;
   const int stages = at.end_stage(p.stages) - at.first_stage(p.stages);
   const bool has_biases = p.bias || p.bias_up;
   const int rows_from = K::PINGPONG ? 0 : consumer * 64 * K::PARTS;
@@ -458,8 +503,10 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
     }
   };
   Outbox<K> outbox(ring.outbox(threadIdx.x / 32 - 4));
-  const int first_tile = blockIdx.x / K::CLUSTER;
-  int tile = first_tile, count = 0; // stages that this block's consumers have gone through
+  if (p.clear && blockIdx.x == 0)
+    for (int i = threadIdx.x - WARPGROUP; i < MEETINGS; i += K::CONSUMERS * WARPGROUP)
+      p.clear[i] = 0;
+  int tile = at.first_tile, count = 0; // stages that this block's consumers have gone through
   if (K::PINGPONG && consumer == 1) {
     tile += step;
     count = stages;
@@ -485,7 +532,7 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
     int stage = count % K::STAGES, before = 0;
     unsigned parity = count / K::STAGES % 2;
     // A barrier tells one phase from the next, not from the one after that: the other warpgroup's stages come first.
-    if (K::PINGPONG && tile != first_tile)
+    if (K::PINGPONG && tile != at.first_tile)
       asm volatile("bar.sync %0, %1;" ::"r"(2 + consumer), "n"(K::CONSUMERS * WARPGROUP) : "memory");
     // A warpgroup that has no rows multiplies nothing.
     const bool idle = !K::PINGPONG && at.row_of(p, tile) + rows_from >= p.tokens;
@@ -529,6 +576,11 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
       release(before);
     count += K::PINGPONG ? 2 * stages : stages;
 
+    if constexpr (K::LINKS > 1) {
+      hand_over(p, at, tile, sums);
+      if (at.link == 0)
+        break;
+    }
     const int row = at.row_of(p, tile) + rows_from + thread / 32 * 16, column = at.column_of(p, tile);
     unsigned biases = 0;
     if (K::PINGPONG)
@@ -661,6 +713,9 @@ template <class K, void (*KERNEL)(Product)> int enqueue(const Operands &o, cudaS
     return status;
   p.out_rows = o.out;
   p.out_stride = o.out_stride;
+  p.clear = static_cast<unsigned *>(o.clear);
+  p.flags = static_cast<unsigned *>(o.meeting);
+  p.sums = reinterpret_cast<float *>(p.flags + MEETINGS);
   p.bias = o.bias;
   p.bias_up = o.bias_up;
   p.tokens = o.tokens;
@@ -673,7 +728,7 @@ template <class K, void (*KERNEL)(Product)> int enqueue(const Operands &o, cudaS
   p.finish = o.finish;
   p.slope = o.slope;
 
-  const int tiles = p.row_tiles * p.column_tiles * K::CLUSTER;
+  const int tiles = p.row_tiles * p.column_tiles * K::CLUSTER * K::LINKS;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {K::CLUSTER, 1, 1};
@@ -681,7 +736,7 @@ template <class K, void (*KERNEL)(Product)> int enqueue(const Operands &o, cudaS
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   // Blocks of a split tile do not go on to another one.
-  config.gridDim = dim3(K::SPLIT == 1 && blocks < tiles ? blocks : tiles);
+  config.gridDim = dim3(K::SPLIT * K::LINKS == 1 && blocks < tiles ? blocks : tiles);
   config.blockDim = dim3(K::THREADS);
   config.dynamicSmemBytes = K::TOTAL_BYTES;
   config.stream = stream;
@@ -692,7 +747,7 @@ template <class K, void (*KERNEL)(Product)> int enqueue(const Operands &o, cudaS
 
 template <class K, void (*KERNEL)(Product)> constexpr Variant variant_of() {
   return {K::GATED, K::PINGPONG, K::ROWS,  K::COLUMNS,
-          K::OUT_COLUMNS, K::SHARE, K::PEERS, K::SPLIT, resident_blocks<K, KERNEL>, enqueue<K, KERNEL>};
+          K::OUT_COLUMNS, K::SHARE, K::PEERS, K::SPLIT, K::LINKS, resident_blocks<K, KERNEL>, enqueue<K, KERNEL>};
 }
 template <class K> constexpr Variant variant() { return variant_of<K, product_kernel<K>>(); }
 
@@ -708,7 +763,7 @@ template <class K> int compiled_for(int *source, int *binary) {
 // The tiles that were fastest for some shape, and no slower than others for shapes between (PERFORMANCE.md).
 template <typename T> const Variant *variants_of(int *count) {
   static const Variant variants[] = {
-      // Gated: rows, weights' rows, ping-pong, share, peers, split.
+      // Gated: rows, weights' rows, ping-pong, share, peers, split, links if not 1.
       variant<Tile<T, true, 128, 96, false, 2, 1, 1>>(),
       variant<Tile<T, true, 128, 128, false, 1, 1, 1>>(),
       variant<Tile<T, true, 128, 128, false, 2, 1, 1>>(),
@@ -721,6 +776,8 @@ template <typename T> const Variant *variants_of(int *count) {
       variant<Tile<T, true, 192, 160, false, 2, 1, 1>>(),
       variant<Tile<T, true, 192, 192, false, 2, 1, 1>>(),
       // Plain.
+      variant<Tile<T, false, 128, 128, false, 2, 1, 1, 2>>(),
+      variant<Tile<T, false, 128, 256, false, 2, 1, 1, 2>>(),
       variant<Tile<T, false, 128, 64, false, 2, 1, 1>>(),
       variant<Tile<T, false, 128, 96, false, 2, 1, 1>>(),
       variant<Tile<T, false, 128, 128, false, 2, 1, 1>>(),

@@ -18,7 +18,7 @@ template <bool GATED_, int COLUMNS_, int SPLIT_> struct PartedTile : Warpgroups<
   using T = float;
   using Bits = float;
   static constexpr bool GATED = GATED_, PINGPONG = false;
-  static constexpr int ROWS = 64 * CONSUMERS, COLUMNS = COLUMNS_, SHARE = 1, PEERS = 1, SPLIT = SPLIT_, CLUSTER = SPLIT;
+  static constexpr int ROWS = 64 * CONSUMERS, COLUMNS = COLUMNS_, SHARE = 1, PEERS = 1, SPLIT = SPLIT_, LINKS = 1, CLUSTER = SPLIT;
   static constexpr int DEPTH = SWIZZLE_BYTES / sizeof(T);
   static constexpr int OUT_COLUMNS = GATED ? COLUMNS / 2 : COLUMNS, SUMS = COLUMNS / 2;
   static constexpr int BOXES = 2;
@@ -178,8 +178,8 @@ template <class K> __device__ __forceinline__ unsigned parted(const Ring<K> &rin
 template <class K>
 __device__ __forceinline__ void part_weights(const Product &p, const Ring<K> &ring, const Place<K> &at) {
   constexpr int PIECES = K::COLUMNS * SWIZZLE_BYTES / 16, THREADS_HERE = PARTERS * 32, AT_ONCE = 4;
-  const int tiles = p.row_tiles * p.column_tiles, step = gridDim.x / K::CLUSTER, first_tile = blockIdx.x / K::CLUSTER;
-  const int stages = (tiles - first_tile + step - 1) / step * (at.end_stage(p.stages) - at.first_stage(p.stages));
+  const int tiles = p.row_tiles * p.column_tiles;
+  const int stages = (tiles - at.first_tile + at.step - 1) / at.step * (at.end_stage(p.stages) - at.first_stage(p.stages));
   const int thread = threadIdx.x - 32;
   int stage = 0;
   unsigned parity = 0;
@@ -209,13 +209,13 @@ __device__ __forceinline__ void part_weights(const Product &p, const Ring<K> &ri
   }
 }
 
-template <class K, bool EARLY>
+template <class K>
 __device__ __forceinline__ void multiply_parted(const Product &p, const Ring<K> &ring, const Place<K> &at) {
   using Step = WarpgroupProductTf32<K::COLUMNS>;
   constexpr int STEPS = K::DEPTH / 8;
   wait_for_previous_kernel();
   const int consumer = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP, lane = thread % 32;
-  const int step = gridDim.x / K::CLUSTER, tiles = p.row_tiles * p.column_tiles;
+  const int tiles = p.row_tiles * p.column_tiles;
   const bool has_biases = p.bias || p.bias_up;
   // Where a thread's row starts in a stage, its swizzle's part included.
   const int own_row = consumer * 64 + thread / 32 * 16 + lane / 4;
@@ -223,35 +223,23 @@ __device__ __forceinline__ void multiply_parted(const Product &p, const Ring<K> 
   const int stages = at.end_stage(p.stages) - at.first_stage(p.stages);
   int stage = 0;
   unsigned parity = 0;
-  float rows[STEPS][4];
-  // The next stage's rows, asked for while the tensor cores are at the last one's.
-  const auto load_rows = [&] {
-    barrier_wait(ring.full(stage), parity);
-#pragma unroll
-    for (int k = 0; k < STEPS; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        rows[k][i] = load_shared(((ring.rows(stage) + own) ^ (2 * k + i / 2) * 16) + i % 2 * 8 * SWIZZLE_BYTES);
-  };
-  for (int tile = blockIdx.x / K::CLUSTER; tile < tiles; tile += step) {
+  for (int tile = at.first_tile; tile < tiles; tile += at.step) {
     const int row = at.row_of(p, tile) + own_row, column = at.column_of(p, tile);
     float sums[K::SUMS], stage_sums[K::SUMS];
 #pragma unroll
     for (int i = 0; i < K::SUMS; ++i)
       sums[i] = 0.f;
     bool parted_sums = false; // some are in the output
-    if (EARLY && stages > 0)
-      load_rows();
     for (int depth = 0; depth < stages; ++depth) {
       unsigned high[STEPS][4], low[STEPS][4];
-      if (!EARLY)
-        load_rows();
+      barrier_wait(ring.full(stage), parity);
 #pragma unroll
       for (int k = 0; k < STEPS; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          high[k][i] = rounded(rows[k][i]);
-          low[k][i] = rest_of(rows[k][i], __uint_as_float(high[k][i]));
+          const float v = load_shared(((ring.rows(stage) + own) ^ (2 * k + i / 2) * 16) + i % 2 * 8 * SWIZZLE_BYTES);
+          high[k][i] = rounded(v);
+          low[k][i] = rest_of(v, __uint_as_float(high[k][i]));
         }
       barrier_wait(parted(ring, stage), parity);
       const unsigned long long weights = tile_descriptor(ring.weights(stage)),
@@ -267,17 +255,14 @@ __device__ __forceinline__ void multiply_parted(const Product &p, const Ring<K> 
       for (int k = 0; k < STEPS; ++k)
         Step::add(stage_sums, high[k], weights + 2 * k, 1);
       products_commit();
-      const unsigned used = ring.empty(stage);
+      products_wait<0>();
+      pin(stage_sums);
+      if (lane == 0)
+        barrier_arrive(ring.empty(stage)); // each warp for itself: it has read rows of its own
       if (++stage == K::STAGES) {
         stage = 0;
         parity ^= 1;
       }
-      if (EARLY && depth + 1 < stages)
-        load_rows();
-      products_wait<0>();
-      pin(stage_sums);
-      if (lane == 0)
-        barrier_arrive(used); // each warp for itself: it has read rows of its own
 #pragma unroll
       for (int i = 0; i < K::SUMS; ++i)
         sums[i] += stage_sums[i];
@@ -320,7 +305,7 @@ __device__ __forceinline__ void multiply_parted(const Product &p, const Ring<K> 
 
 #endif // FUSED_MLP_HOPPER
 
-template <class K, bool EARLY> __global__ void __launch_bounds__(K::THREADS, 1) parted_kernel(const __grid_constant__ Product p) {
+template <class K> __global__ void __launch_bounds__(K::THREADS, 1) parted_kernel(const __grid_constant__ Product p) {
 #ifdef FUSED_MLP_HOPPER
   extern __shared__ unsigned char shared[];
   const Ring<K> ring{(shared_address(shared) + SWIZZLE_ALIGN - 1) / SWIZZLE_ALIGN * SWIZZLE_ALIGN};
@@ -351,16 +336,16 @@ template <class K, bool EARLY> __global__ void __launch_bounds__(K::THREADS, 1) 
       cluster_sync(); // where the consumers exchange sums
   } else {
     take_registers<K::CONSUMER_REGISTERS>();
-    multiply_parted<K, EARLY>(p, ring, at);
+    multiply_parted(p, ring, at);
   }
   if (K::CLUSTER > 1)
     cluster_meet(); // nobody reads or copies into a block that has ended
 #endif
 }
 
-template <bool GATED, int COLUMNS, int SPLIT, bool EARLY = true> constexpr Variant parted_variant() {
+template <bool GATED, int COLUMNS, int SPLIT> constexpr Variant parted_variant() {
   using K = PartedTile<GATED, COLUMNS, SPLIT>;
-  return variant_of<K, parted_kernel<K, EARLY>>();
+  return variant_of<K, parted_kernel<K>>();
 }
 
 } // namespace
@@ -382,9 +367,6 @@ const Variant *gemm_variants_f32(int *count) {
       parted_variant<false, 64, 4>(),
       parted_variant<false, 128, 4>(),
       parted_variant<false, 64, 8>(),
-      parted_variant<true, 128, 1, false>(),
-      parted_variant<true, 160, 1, false>(),
-      parted_variant<false, 128, 1, false>(),
   };
   *count = sizeof(variants) / sizeof(variants[0]);
   return variants;

@@ -64,9 +64,10 @@ bool finish_of(Activation activation, Finish *finish, float *slope) {
 
 std::string name_of(const Variant &v) {
   char text[64];
-  std::snprintf(text, sizeof text, "%s %dx%d%s%s%s%s", v.gated ? "gated" : "plain", v.rows, v.weights,
+  std::snprintf(text, sizeof text, "%s %dx%d%s%s%s%s%s", v.gated ? "gated" : "plain", v.rows, v.weights,
                 v.pingpong ? " pp" : "", v.share > 1 ? " share2" : "", v.peers > 1 ? " peers2" : "",
-                v.split > 1 ? (v.split == 2 ? " split2" : v.split == 4 ? " split4" : " split8") : "");
+                v.split > 1 ? (v.split == 2 ? " split2" : v.split == 4 ? " split4" : " split8") : "",
+                v.links > 1 ? " links2" : "");
   return text;
 }
 
@@ -152,6 +153,13 @@ template <typename T> double error_of(const Operands &o, bool gated, Activation 
   return h[2] > 0 ? INFINITY : std::sqrt(h[0] / h[1]);
 }
 
+// Room for the sums that any tiles hand over.
+void *meeting_for(int tokens, int columns) {
+  void *p;
+  CUDA_OK(cudaMalloc(&p, 4 * MEETINGS + 4ll * (tokens + 512) * (columns + 512)));
+  return p;
+}
+
 template <typename T> int check(bool quick) {
   int failures = 0, cases = 0;
   double worst = 0;
@@ -186,9 +194,12 @@ template <typename T> int check(bool quick) {
       const size_t bytes = o.tokens * o.out_stride * sizeof(T);
       std::vector<char> first(bytes), second(bytes);
       CUDA_OK(cudaMalloc(&o.out, bytes));
+      void *const meeting = meeting_for(o.tokens, o.columns);
       for (int run = 0; run < 2; ++run) {
         o.weights_early = run;
         CUDA_OK(cudaMemset(o.out, 0xff, bytes));
+        CUDA_OK(cudaMemset(meeting, 0, 4 * MEETINGS));
+        o.meeting = meeting;
         CUDA_OK(v.enqueue(o, 0));
         CUDA_OK(cudaMemcpy((run ? second : first).data(), o.out, bytes, cudaMemcpyDeviceToHost));
       }
@@ -201,7 +212,7 @@ template <typename T> int check(bool quick) {
         std::printf("FAILED %s %dx%dx%d activation %d: error %g, %s\n", name_of(v).c_str(), o.tokens, o.depth, o.columns,
                     int(activation), error, same ? "same bits" : "bits differ");
       }
-      for (const void *p : {o.rows, o.weights, o.up, o.bias, o.bias_up, (const void *)o.out})
+      for (const void *p : {o.rows, o.weights, o.up, o.bias, o.bias_up, (const void *)o.out, (const void *)meeting})
         cudaFree(const_cast<void *>(p));
     }
   }
@@ -339,7 +350,7 @@ std::function<void(int)> launch_of(const std::vector<Candidate> &list, const std
 }
 
 // Between tables: the clock is as it was again.
-constexpr int pause_us = 100000;
+constexpr int pause_us = 60000;
 
 template <typename T>
 void sweep(const char *filter, const std::vector<int> &token_counts, float window_us, bool all_tiles) {
@@ -368,6 +379,9 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
     }
     T *x = normal<T>(most * h, 1.f), *hidden = normal<T>(most * n, 0.5f), *hidden2 = normal<T>(most * n, 0.5f),
       *out = normal<T>(most * h, 1.f), *bias_n = normal<T>(n, 0.5f), *bias_h = normal<T>(h, 0.5f);
+    void *const meeting = meeting_for(most, h), *workspace;
+    CUDA_OK(cudaMalloc(&workspace, most * n * ELEMENT + 4 * MEETINGS + 4ll * (most + 512) * (h + 512)));
+    CUDA_OK(cudaMemset(meeting, 0, 4 * MEETINGS));
     CUDA_OK(cudaDeviceSynchronize());
     for (int tokens : token_counts) {
       const double flops1 = 2.0 * tokens * h * n * (shape.gated ? 2 : 1), flops2 = 2.0 * tokens * h * n;
@@ -390,6 +404,7 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
         o.finish = !first ? Finish::None : shape.gated ? Finish::Swish : Finish::Gelu;
         o.slope = 1.f;
         o.weights_early = !first;
+        (first ? o.clear : o.meeting) = meeting;
         return o;
       };
       const auto blas_product = [&](const T *w, const T *rows, T *to, int columns, int depth) {
@@ -415,10 +430,12 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
       for (const Variant &v : variants) {
         if (!all_tiles)
           break;
-        if (v.split > 1 && tokens > 512)
+        if ((v.split > 1 || v.links > 1) && tokens > 512)
           continue;
         if (v.gated == !!shape.gated)
           firsts.push_back({name_of(v), [&](int i) { CUDA_OK(v.enqueue(operands(true, i), Graph::stream())); }, {}});
+        if (v.links > 1 && shape.gated == false && firsts.size() > 0 && firsts.back().name == name_of(v))
+          firsts.pop_back();
         if (!v.gated)
           seconds.push_back({name_of(v), [&](int i) { CUDA_OK(v.enqueue(operands(false, i), Graph::stream())); }, {}});
       }
@@ -457,6 +474,7 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
         with_first = beside(seconds, launch_of(firsts, with_second[0].name), true);
       }
       // Both together, by turns with cuBLAS and one elementwise launch.
+      const uint64_t workspace_bytes = most * n * ELEMENT + 4 * MEETINGS + 4ll * (most + 512) * (h + 512);
       std::vector<Candidate> whole;
       if (all_tiles)
         whole.push_back({"both: " + with_second[0].name + " + " + with_first[0].name,
@@ -476,8 +494,8 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
                          a.bias_gate = first.bias;
                          a.bias_down = second.bias;
                          a.out = out;
-                         a.workspace = hidden;
-                         a.workspace_bytes = tokens * n * ELEMENT;
+                         a.workspace = workspace;
+                         a.workspace_bytes = workspace_bytes;
                          a.x_stride = a.gate_stride = a.up_stride = h;
                          a.down_stride = n;
                          a.tokens = tokens;
@@ -505,7 +523,7 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
       if (!all_tiles) {
         for (const Candidate &c : whole)
           rested.push_back({c.name + ", rested", c.launch, {}});
-        time_all(rested, 2500, 5, pause_us);
+        time_all(rested, 2500, 3, pause_us);
       }
       std::printf("== %s, %d tokens: floors %.1f + %.1f = %.1f us\n", shape.name, tokens, floor1, floor2,
                   floor1 + floor2);
@@ -539,6 +557,8 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
     for (auto *list : {&gate, &up, &down})
       for (T *p : *list)
         cudaFree(p);
+    cudaFree(meeting);
+    cudaFree(workspace);
     for (T *p : {x, hidden, hidden2, out, bias_n, bias_h})
       cudaFree(p);
   }
