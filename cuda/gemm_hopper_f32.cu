@@ -11,9 +11,6 @@
 namespace fused_mlp {
 namespace {
 
-constexpr int PARTERS = 3;    // warps, beside the producer's
-constexpr int SEGMENT = 64;   // stages whose sums stay in registers, where there are more than twice as many
-
 template <bool GATED_, int COLUMNS_, int SPLIT_> struct PartedTile : Warpgroups<2> {
   using T = float;
   using Bits = float;
@@ -33,6 +30,9 @@ template <bool GATED_, int COLUMNS_, int SPLIT_> struct PartedTile : Warpgroups<
 };
 
 #ifdef FUSED_MLP_HOPPER
+
+constexpr int PARTERS = 3;  // warps, beside the producer's
+constexpr int SEGMENT = 64; // stages whose sums stay in registers, where there are more than twice as many
 
 // The nearest number of 11 bits.
 __device__ __forceinline__ unsigned rounded(float v) {
