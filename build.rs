@@ -37,6 +37,7 @@ mod cuda {
             "gemm.cu",
             "gemm_hopper_bf16.cu",
             "gemm_hopper_f16.cu",
+            "gemm_hopper_f32.cu",
         ];
         let ptx = format!("-gencode=arch=compute_{0},code=compute_{0}", arch.base());
         cudaforge::KernelBuilder::new()

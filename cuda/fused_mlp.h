@@ -73,12 +73,15 @@ int fused_mlp_decode_path(const FusedMlpArgs *args, int *path);
 // Enqueues the MLP; 1 to 64 tokens are one kernel launch, more are one per 64.
 int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream);
 
-// Whether fused_mlp_gemm takes these arguments on the current device: bf16 or f16, x and all weights with rows on 16 bytes,
+// Whether fused_mlp_gemm takes these arguments on the current device: bf16, f16 or f32, x and all weights with rows on 16 bytes,
 // one of the activations whose arithmetic its kernels have, sm_90a. Workspace and out are not looked at.
 int fused_mlp_gemm_takes(const FusedMlpArgs *args, int *takes);
 
-// Enqueues an MLP of any number of tokens as two launches. The workspace, which need not be cleared, is for the hidden rows:
-// tokens x intermediate_size elements on 16 bytes.
+// Bytes of workspace with which fused_mlp_gemm is fastest for these sizes. With the tokens x intermediate_size elements of the
+// hidden rows alone, it does without tiles whose depth two groups of blocks share.
+int fused_mlp_gemm_workspace_bytes(const FusedMlpArgs *args, uint64_t *bytes);
+
+// Enqueues an MLP of any number of tokens as two launches. The workspace, on 16 bytes, need not be cleared.
 int fused_mlp_gemm(const FusedMlpArgs *args, cudaStream_t stream);
 
 // The elementwise parts of an MLP whose products others compute. All matrices are contiguous.

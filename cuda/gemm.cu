@@ -53,9 +53,11 @@ bool finish_of(int activation, Finish *finish, float *slope) {
   }
 }
 
+int element_bytes(int dtype) { return dtype == FUSED_MLP_F32 ? 4 : 2; }
+
 // What a tensor map describes: a matrix whose rows lie on 16 bytes.
-bool describable(const void *matrix, long long stride) {
-  return reinterpret_cast<unsigned long long>(matrix) % 16 == 0 && stride % 8 == 0 && stride > 0;
+bool describable(const void *matrix, long long stride, int dtype) {
+  return reinterpret_cast<unsigned long long>(matrix) % 16 == 0 && stride * element_bytes(dtype) % 16 == 0 && stride > 0;
 }
 
 // The stride of one row alone means nothing; a tensor map has one all the same.
@@ -66,51 +68,81 @@ long long x_stride(const FusedMlpArgs &args) {
 bool takes(const FusedMlpArgs &args) {
   Finish finish;
   float slope;
-  return (args.dtype == FUSED_MLP_BF16 || args.dtype == FUSED_MLP_F16) && args.tokens > 0 && args.hidden_size > 0 &&
-         args.intermediate_size > 0 && args.output_size > 0 && args.intermediate_size % 8 == 0 &&
-         args.output_size % 4 == 0 && args.x && args.gate && args.down && (!args.gated || args.up) &&
-         finish_of(args.activation, &finish, &slope) && describable(args.x, x_stride(args)) &&
-         describable(args.gate, args.gate_stride) && (!args.gated || describable(args.up, args.up_stride)) &&
-         describable(args.down, args.down_stride);
+  const bool known = args.dtype == FUSED_MLP_BF16 || args.dtype == FUSED_MLP_F16 || args.dtype == FUSED_MLP_F32;
+  // Gate and up leave no room to keep sums of so great a depth accurate.
+  const bool too_deep = args.dtype == FUSED_MLP_F32 && args.gated && args.hidden_size > 8192;
+  return known && !too_deep && args.tokens > 0 && args.hidden_size > 0 && args.intermediate_size > 0 && args.output_size > 0 &&
+         args.intermediate_size * element_bytes(args.dtype) % 16 == 0 &&
+         args.output_size * element_bytes(args.dtype) % 16 == 0 && args.x && args.gate && args.down &&
+         (!args.gated || args.up) && finish_of(args.activation, &finish, &slope) &&
+         describable(args.x, x_stride(args), args.dtype) && describable(args.gate, args.gate_stride, args.dtype) &&
+         (!args.gated || describable(args.up, args.up_stride, args.dtype)) &&
+         describable(args.down, args.down_stride, args.dtype);
 }
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // About how long a product takes with these tiles, in microseconds on an H100: waves of tiles, each as long as its
 // products or its copies from L2, whichever takes longer, and then its finish; or as long as its weights take from
-// memory, whose speed grows less than the number of blocks that read. Only differences between tiles count. The numbers
-// were fitted to pairs of products of eight MLPs at eight token counts each, where the choice costs 2% on average
-// (`harness/gemm sweep`).
+// memory, where few blocks read more slowly. Only differences between tiles count. The numbers were fitted to pairs of
+// products of eight MLPs at nine token counts each, where the choice costs 0.5% on average (`harness/gemm sweep`).
 double cost(const Variant &v, const Operands &o, int resident) {
-  const int clusters = ceil_div(o.tokens, v.rows * v.share) * ceil_div(o.columns, v.columns);
-  const int blocks = clusters * v.share * v.split, waves = ceil_div(blocks, resident);
+  const int clusters = ceil_div(o.tokens, v.rows * v.share) * ceil_div(o.columns, v.columns * v.peers);
+  const int blocks = clusters * v.share * v.peers * v.split * v.links, waves = ceil_div(blocks, resident);
   const double tile = static_cast<double>(v.rows) * v.weights;
-  const double multiply = 1.94e-5 * tile, copy = 1.94e-3 * (v.rows + v.weights / v.share);
-  const double products = ceil_div(o.depth, 64) / static_cast<double>(v.split) * (std::fmax(multiply, copy) + 0.0436);
-  const double finish = 8.48e-5 * tile + (v.split > 1 ? 0.087 + 1.34e-4 * tile : 0.);
+  const double multiply = 1.94e-5 * tile;
+  const double copy = 1.94e-3 * (static_cast<double>(v.rows) / v.peers + static_cast<double>(v.weights) / v.share);
+  const double products = ceil_div(o.depth, 64) / static_cast<double>(v.split * v.links) * (std::fmax(multiply, copy) + 0.054);
+  const double finish = 7.2e-5 * tile + (v.split > 1 ? 0.087 + 9.8e-5 * tile : 0.) + (v.links > 1 ? 1. + 1.2e-4 * tile : 0.);
   double time;
   if (v.pingpong)
-    time = (waves - 1) * std::fmax(products, finish / 2) + products + finish + (waves > 1 ? 4.54 : 0.);
+    time = (waves - 1) * std::fmax(products, finish / 2) + products + finish + (waves > 1 ? 2.5 : 0.);
   else
-    time = waves * (products + finish * (waves > 1 ? 0.849 : 1.)); // some of it while the other warpgroup multiplies
+    time = waves * (products + finish);
   const double busy = std::fmin(1., static_cast<double>(blocks) / resident);
   const double bytes = 2. * o.depth * o.columns * (v.gated ? 2 : 1);
-  return std::fmax(time, bytes / 3.42e6 / std::pow(busy, 0.444)) + 1.89 * busy + 0.126 * waves;
+  return std::fmax(time, bytes / 3.42e6 / busy) + 3.5 * busy + 0.18 * waves;
+}
+
+// The same in f32, where a stage is three products of 32 elements.
+double cost_f32(const Variant &v, const Operands &o, int resident) {
+  const int stages = ceil_div(ceil_div(o.depth, 32), v.split);
+  // Of more, the sums would be rounded too often.
+  if (v.split > 1 && stages > 128 * v.split)
+    return HUGE_VAL;
+  const int blocks = ceil_div(o.tokens, v.rows) * ceil_div(o.columns, v.columns) * v.split;
+  const int waves = ceil_div(blocks, resident);
+  const double tile = static_cast<double>(v.rows) * v.weights;
+  const double multiply = 5.8e-5 * tile + 0.4, copy = 2.1e-3 * (v.rows + v.weights);
+  const double finish = 1.15e-4 * tile + (v.split > 1 ? 0.12 + 1.55e-4 * tile : 0.);
+  const double busy = std::fmin(1., static_cast<double>(blocks) / resident);
+  const double bytes = 4. * o.depth * o.columns * (v.gated ? 2 : 1);
+  return std::fmax(waves * (stages * std::fmax(multiply, copy) + finish), bytes / 3.42e6 / std::sqrt(busy)) + 2.3 * busy;
+}
+
+// Blocks that hand over their sums, and the memory for that.
+int meetings(const Variant &v, const Operands &o) {
+  return ceil_div(o.tokens, v.rows * v.share) * ceil_div(o.columns, v.columns * v.peers) * v.share * v.peers;
+}
+unsigned long long meeting_bytes(const Variant &v, const Operands &o) {
+  return v.links == 1 ? 0 : 4ull * MEETINGS + 4ull * meetings(v, o) * v.rows * v.weights;
 }
 
 // The tiles of least cost.
 int choose(const Operands &o, bool gated, const Variant **best) {
   int count = 0;
-  const Variant *const all = o.dtype == FUSED_MLP_F16 ? gemm_variants_f16(&count) : gemm_variants_bf16(&count);
+  const Variant *const all = o.dtype == FUSED_MLP_F32   ? gemm_variants_f32(&count)
+                             : o.dtype == FUSED_MLP_F16 ? gemm_variants_f16(&count)
+                                                        : gemm_variants_bf16(&count);
   double least = HUGE_VAL;
   for (const Variant *v = all; v != all + count; ++v) {
-    if (v->gated != gated)
+    if (v->gated != gated || (v->links > 1 && (!o.meeting || meetings(*v, o) > MEETINGS)))
       continue;
     int resident = 0;
     const int status = v->resident(&resident);
     if (status != FUSED_MLP_OK)
       return status;
-    const double time = cost(*v, o, resident);
+    const double time = o.dtype == FUSED_MLP_F32 ? cost_f32(*v, o, resident) : cost(*v, o, resident);
     if (time < least) {
       least = time;
       *best = v;
@@ -123,6 +155,7 @@ int choose(const Operands &o, bool gated, const Variant **best) {
 int remembered_choice(const Operands &o, bool gated, const Variant **best) {
   struct Memory {
     int device, dtype, gated, tokens, depth, columns;
+    bool meets;
     const Variant *best;
   };
   constexpr int PLACES = 16;
@@ -133,12 +166,12 @@ int remembered_choice(const Operands &o, bool gated, const Variant **best) {
     return error;
   Memory &m = memories[(o.tokens * 31u + o.depth * 7u + o.columns / 8u) % PLACES];
   if (!m.best || m.device != device || m.dtype != o.dtype || m.gated != gated || m.tokens != o.tokens ||
-      m.depth != o.depth || m.columns != o.columns) {
+      m.depth != o.depth || m.columns != o.columns || m.meets != (o.meeting != nullptr)) {
     const Variant *found = nullptr;
     const int status = choose(o, gated, &found);
     if (status != FUSED_MLP_OK)
       return status;
-    m = {device, o.dtype, gated, o.tokens, o.depth, o.columns, found};
+    m = {device, o.dtype, gated, o.tokens, o.depth, o.columns, o.meeting != nullptr, found};
   }
   *best = m.best;
   return FUSED_MLP_OK;
@@ -148,6 +181,42 @@ int enqueue(const Operands &o, bool gated, cudaStream_t stream) {
   const Variant *tiles = nullptr;
   const int status = remembered_choice(o, gated, &tiles);
   return status == FUSED_MLP_OK ? tiles->enqueue(o, stream) : status;
+}
+
+// Bytes of the hidden rows, to where the next thing in the workspace may begin.
+unsigned long long hidden_bytes(const FusedMlpArgs &args) {
+  return (1ull * element_bytes(args.dtype) * args.tokens * args.intermediate_size + 255) / 256 * 256;
+}
+
+// The second product, without what depends on the workspace's size.
+Operands second_product(const FusedMlpArgs &args) {
+  Operands second = {};
+  second.rows = args.workspace;
+  second.weights = args.down;
+  second.bias = args.bias_down;
+  second.out = args.out;
+  second.rows_stride = args.intermediate_size;
+  second.weights_stride = args.down_stride;
+  second.out_stride = args.output_size;
+  second.tokens = args.tokens;
+  second.depth = args.intermediate_size;
+  second.columns = args.output_size;
+  second.dtype = args.dtype;
+  second.finish = Finish::None;
+  // The first product waits for all before it, and this one begins only when that has waited.
+  second.weights_early = true;
+  return second;
+}
+
+// What the second product needs besides the hidden rows.
+int meeting_bytes_of(const FusedMlpArgs &args, unsigned long long *bytes) {
+  Operands second = second_product(args);
+  second.meeting = &second; // there would be one
+  const Variant *tiles = nullptr;
+  const int status = remembered_choice(second, false, &tiles);
+  if (status == FUSED_MLP_OK)
+    *bytes = meeting_bytes(*tiles, second);
+  return status;
 }
 
 } // namespace
@@ -161,6 +230,14 @@ extern "C" int fused_mlp_gemm_takes(const FusedMlpArgs *args, int *takes) {
   return status;
 }
 
+extern "C" int fused_mlp_gemm_workspace_bytes(const FusedMlpArgs *args, uint64_t *bytes) {
+  using namespace fused_mlp;
+  unsigned long long meeting = 0;
+  const int status = meeting_bytes_of(*args, &meeting);
+  *bytes = hidden_bytes(*args) + meeting;
+  return status;
+}
+
 extern "C" int fused_mlp_gemm(const FusedMlpArgs *args, cudaStream_t stream) {
   using namespace fused_mlp;
   bool runs = false;
@@ -170,12 +247,19 @@ extern "C" int fused_mlp_gemm(const FusedMlpArgs *args, cudaStream_t stream) {
   if (!runs || !takes(*args))
     return FUSED_MLP_UNSUPPORTED;
   if (!args->out || !args->workspace || reinterpret_cast<unsigned long long>(args->workspace) % 16 != 0 ||
-      reinterpret_cast<unsigned long long>(args->out) % 8 != 0)
+      reinterpret_cast<unsigned long long>(args->out) % 16 != 0)
     return FUSED_MLP_BAD_ARGUMENT;
-  if (args->workspace_bytes < 2ull * args->tokens * args->intermediate_size)
+  if (args->workspace_bytes < 1ull * element_bytes(args->dtype) * args->tokens * args->intermediate_size)
     return FUSED_MLP_WORKSPACE_TOO_SMALL;
   if (!stream)
     stream = cudaStreamLegacy;
+  Operands second = second_product(*args);
+  unsigned long long meeting = 0;
+  status = meeting_bytes_of(*args, &meeting);
+  if (status != FUSED_MLP_OK)
+    return status;
+  if (meeting > 0 && args->workspace_bytes >= hidden_bytes(*args) + meeting)
+    second.meeting = static_cast<char *>(args->workspace) + hidden_bytes(*args);
   Operands first = {};
   first.rows = args->x;
   first.weights = args->gate;
@@ -192,25 +276,11 @@ extern "C" int fused_mlp_gemm(const FusedMlpArgs *args, cudaStream_t stream) {
   first.columns = args->intermediate_size;
   first.dtype = args->dtype;
   first.weights_early = false;
+  first.clear = second.meeting;
   if (!finish_of(args->activation, &first.finish, &first.slope))
     return FUSED_MLP_UNSUPPORTED;
   status = enqueue(first, args->gated, stream);
   if (status != FUSED_MLP_OK)
     return status;
-  Operands second = {};
-  second.rows = args->workspace;
-  second.weights = args->down;
-  second.bias = args->bias_down;
-  second.out = args->out;
-  second.rows_stride = args->intermediate_size;
-  second.weights_stride = args->down_stride;
-  second.out_stride = args->output_size;
-  second.tokens = args->tokens;
-  second.depth = args->intermediate_size;
-  second.columns = args->output_size;
-  second.dtype = args->dtype;
-  second.finish = Finish::None;
-  // The first product waits for all before it, and this one begins only when that has waited.
-  second.weights_early = true;
   return enqueue(second, false, stream);
 }

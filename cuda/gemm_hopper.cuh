@@ -1,7 +1,7 @@
 // The products of an MLP of many tokens, on Hopper's tensor cores: a kernel for many shapes of tiles.
 //
 // Rows (tokens) times weights' rows, both with their depth contiguous, in tiles. A producer thread keeps a ring of
-// stages in shared memory filled by tensor copies, two warpgroups multiply, and what a tile's sums go through before
+// stages in shared memory filled by tensor copies, two or three warpgroups multiply, and what a tile's sums go through before
 // they are written happens in the registers that hold them: bias, activation, the product of gate and up, rounding. A
 // gated tile's weights are as many rows of the gate as of up, so both sums of a hidden element are in one thread.
 // Launches are programmatically dependent: one begins while the one before ends, and waits for it only where it reads
@@ -16,21 +16,28 @@
 namespace fused_mlp {
 namespace {
 
-constexpr int DEPTH = 64; // of a stage: elements of a row of 128 bytes
 constexpr int WARPGROUP = 128;
-constexpr int CONSUMERS = 2; // warpgroups
-constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232; // 40 + 2 * 232 = 504 of a multiprocessor's 512
-constexpr int SHARED_BYTES = 227 * 1024;                         // of one block, at most
+constexpr int SHARED_BYTES = 227 * 1024; // of one block, at most
+
+// The warpgroups of a block: the producer's and some consumers'. A multiprocessor has 512 registers for each thread of one.
+template <int CONSUMERS_> struct Warpgroups {
+  static_assert(CONSUMERS_ == 2 || CONSUMERS_ == 3, "registers for two or three");
+  static constexpr int CONSUMERS = CONSUMERS_, THREADS = (1 + CONSUMERS) * WARPGROUP;
+  static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
+};
 
 // A product as the kernel takes it.
 struct Product {
   CUtensorMap rows;    // tokens x depth, in boxes of `box_rows`
   CUtensorMap weights; // of a gated tile: the gate
   CUtensorMap up;      // the other half of a tile's weights: up, or the same weights
-  void *out;
-  const void *bias, *bias_up; // or null
+  CUtensorMap out;     // in boxes of a warp's rows and a chunk of columns, if the kernel writes by copies
+  void *out_rows;
   long long out_stride;
+  const void *bias, *bias_up; // or null
+  unsigned *clear;     // flags that this kernel puts to 0 for the next, or null
+  unsigned *flags;     // of blocks that have handed over their sums, and those sums
+  float *sums;
   int tokens, columns; // of the output
   int box_rows;
   int stages;          // of the whole depth
@@ -42,28 +49,42 @@ struct Product {
 };
 
 // Which way a tile is computed.
-//   ROWS: tokens of a tile, 64 per 64-row product of a warpgroup
+//   ROWS: tokens of a tile, 64 per 64-row product of a warpgroup; three warpgroups share 192, two any other number
 //   COLUMNS: weights' rows of a tile; a gated tile's output has half as many columns
 //   PINGPONG: each warpgroup computes a tile of its own and finishes it while the other one multiplies; else they share
 //   a tile's rows
 //   SHARE: blocks of a cluster, with different rows, that share the copies of their weights
+//   PEERS: blocks of a cluster, with different columns, that share the copies of their rows
 //   SPLIT: parts of a tile's depth, a block of the cluster each, whose sums are added in the order of the blocks
-template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, bool PINGPONG_, int SHARE_, int SPLIT_> struct Tile {
+//   LINKS: two clusters for a tile, the first of which hands its sums of half of the depth to the second through memory: a
+//   multiprocessor in ten is left over by clusters of four
+template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, bool PINGPONG_, int SHARE_, int PEERS_, int SPLIT_, int LINKS_ = 1>
+struct Tile : Warpgroups<ROWS_ == 192 ? 3 : 2> {
+  using Warpgroups<ROWS_ == 192 ? 3 : 2>::CONSUMERS;
   using T = T_;
+  using Bits = unsigned short; // of an element
   static constexpr bool GATED = GATED_, PINGPONG = PINGPONG_;
-  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SHARE = SHARE_, SPLIT = SPLIT_;
-  static constexpr int CLUSTER = SHARE * SPLIT;
+  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SHARE = SHARE_, PEERS = PEERS_, SPLIT = SPLIT_, LINKS = LINKS_;
+  static constexpr int DEPTH = SWIZZLE_BYTES / sizeof(T); // of a stage
+  static constexpr int CLUSTER = SHARE * PEERS * SPLIT;
   static constexpr int OUT_COLUMNS = GATED ? COLUMNS / 2 : COLUMNS;
   static constexpr int PARTS = ROWS / (PINGPONG ? 64 : 64 * CONSUMERS); // products of 64 rows in a warpgroup
   static constexpr int SUMS = COLUMNS / 2;                              // of a thread, per part
-  static constexpr int ROW_BYTES = ROWS * SWIZZLE_BYTES, HALF_BYTES = COLUMNS / 2 * SWIZZLE_BYTES;
-  static constexpr int STAGE_BYTES = ROW_BYTES + 2 * HALF_BYTES;
-  static constexpr int BIAS_BYTES = CONSUMERS * COLUMNS * 4;
-  static constexpr int FIT = (SHARED_BYTES - SWIZZLE_ALIGN - BIAS_BYTES - 256) / STAGE_BYTES;
+  static constexpr int BOXES = SHARE > 2 ? SHARE : 2; // in which a tile's weights are copied
+  static constexpr int ROW_BYTES = ROWS * SWIZZLE_BYTES, BOX_BYTES = COLUMNS / BOXES * SWIZZLE_BYTES;
+  static constexpr int STAGE_BYTES = ROW_BYTES + BOXES * BOX_BYTES;
+  // Columns that a warp writes at once, from one of two buffers of its own; where blocks share the writing, as few as
+  // can be.
+  static constexpr int CHUNK = SPLIT > 1 ? 16 : OUT_COLUMNS % 64 == 0 ? 64 : OUT_COLUMNS % 32 == 0 ? 32 : 16;
+  static constexpr int CHUNK_BYTES = 16 * CHUNK * 2;
+  static constexpr int WRITE_BYTES = CONSUMERS * 4 * 2 * CHUNK_BYTES;
+  static constexpr int BIAS_BYTES = CONSUMERS * COLUMNS * 2;
+  static constexpr int FIT = (SHARED_BYTES - SWIZZLE_ALIGN - WRITE_BYTES - BIAS_BYTES - 128) / STAGE_BYTES;
   static constexpr int STAGES = FIT < 8 ? FIT : 8;
-  static constexpr int TOTAL_BYTES = SWIZZLE_ALIGN + STAGES * STAGE_BYTES + BIAS_BYTES + 16 * STAGES;
+  static constexpr int TOTAL_BYTES = SWIZZLE_ALIGN + STAGES * STAGE_BYTES + WRITE_BYTES + BIAS_BYTES + 16 * STAGES;
   static_assert((PARTS == 1 || PARTS == 2) && COLUMNS % 16 == 0 && OUT_COLUMNS % 16 == 0,
                 "a tile is whole products and whole stores");
+  static_assert(LINKS == 1 || (LINKS == 2 && SPLIT == 1 && !PINGPONG), "one tile a block, all warpgroups at it");
   static_assert(SPLIT == 1 || (!PINGPONG && ROWS * COLUMNS * 4 <= STAGES * STAGE_BYTES), "sums meet in the stages");
 };
 
@@ -106,9 +127,12 @@ template <Finish FINISH> __device__ __forceinline__ float finished(float v, floa
 __device__ __forceinline__ void store_shared(unsigned address, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
-__device__ __forceinline__ float2 load_shared_8(unsigned address) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+__device__ __forceinline__ void store_shared(unsigned address, unsigned short v) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
+}
+__device__ __forceinline__ unsigned load_shared_4(unsigned address) {
+  unsigned v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
   return v;
 }
 
@@ -121,22 +145,62 @@ __device__ __forceinline__ unsigned pack(__half, float low, float high) {
   return *reinterpret_cast<const unsigned *>(&v);
 }
 
-// Finishes and writes 16 columns of a tile, the `unit`th, of the rows `row` and `row` + 8: values[i][2 r + e] is row +
-// 8 r, column 8 i + 2 (lane % 4) + e. Neighbouring lanes swap, so that each writes four columns that lie together.
-// `biases` is the tile's in shared memory, or 0 where there is none.
+__device__ __forceinline__ float2 unpack(__nv_bfloat16, unsigned v) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(&v));
+}
+__device__ __forceinline__ float2 unpack(__half, unsigned v) {
+  return __half22float2(*reinterpret_cast<const __half2 *>(&v));
+}
+
+// A warp's two buffers for what it writes, each the 16 rows of a chunk of columns, and which of them is next.
+template <class K> struct Outbox {
+  unsigned buffers;
+  unsigned turn = 0;
+  __device__ explicit Outbox(unsigned buffers) : buffers(buffers) {}
+  // Where a lane puts its row of a unit's matrices: 16 bytes of a row, swizzled as the copy out reads them.
+  __device__ unsigned place(int unit) const {
+    constexpr unsigned SWIZZLED = K::CHUNK * 2 - 16;
+    const unsigned lane = threadIdx.x % 32, piece = (lane % 16 * K::CHUNK * 2) | lane / 16 * 16;
+    return buffers + turn * K::CHUNK_BYTES + ((piece ^ (piece >> 3 & SWIZZLED)) ^ 32 * unit);
+  }
+  // Waits until the buffer that is next may be written.
+  __device__ void open() const {
+    if (threadIdx.x % 32 == 0)
+      copies_out_wait<1>();
+    __syncwarp();
+  }
+  // Sends it to `row` and `column` of the output.
+  __device__ void send(const Product &p, int row, int column) {
+    fence_shared_copies();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      if (row < p.tokens && column < p.columns)
+        copy_box_out(&p.out, column, row, buffers + turn * K::CHUNK_BYTES);
+      copies_out_commit();
+    }
+    turn ^= 1;
+  }
+  // Waits until all has been sent.
+  __device__ void close() const {
+    if (threadIdx.x % 32 == 0)
+      copies_out_wait<0>();
+  }
+};
+
+// Finishes 16 columns of a tile, the `unit`th, and puts them at `place`: values[i][2 r + e] is row lane / 4 + 8 r, column
+// 8 i + 2 (lane % 4) + e. `biases` is the tile's in shared memory, or 0 where there is none.
 template <class K, Finish FINISH>
-__device__ __forceinline__ void write_columns(const Product &p, int row, int column, int unit, unsigned biases,
-                                              const float (&values)[2][4], const float (&up)[2][4]) {
-  const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void put_columns(const Product &p, unsigned place, int unit, unsigned biases,
+                                            const float (&values)[2][4], const float (&up)[2][4]) {
   unsigned packed[2][2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float2 bias = {0.f, 0.f}, bias_up = {0.f, 0.f};
     if (biases) {
-      const unsigned at = biases + 4 * (16 * unit + 8 * i + 2 * (lane % 4));
-      bias = load_shared_8(at);
+      const unsigned at = biases + 2 * (16 * unit + 8 * i + 2 * (threadIdx.x % 4));
+      bias = unpack(typename K::T(), load_shared_4(at));
       if (K::GATED)
-        bias_up = load_shared_8(at + 4 * K::OUT_COLUMNS);
+        bias_up = unpack(typename K::T(), load_shared_4(at + 2 * K::OUT_COLUMNS));
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -149,16 +213,7 @@ __device__ __forceinline__ void write_columns(const Product &p, int row, int col
       packed[i][r] = pack(typename K::T(), low, high);
     }
   }
-  const bool odd = lane & 1;
-  const int from = column + 16 * unit + (odd ? 8 : 0) + 2 * (lane & 2);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const unsigned own = odd ? packed[1][r] : packed[0][r];
-    const unsigned other = __shfl_xor_sync(0xffffffffu, odd ? packed[0][r] : packed[1][r], 1);
-    if (row + 8 * r < p.tokens && from < p.columns)
-      *reinterpret_cast<uint2 *>(static_cast<typename K::T *>(p.out) + (row + 8 * r) * p.out_stride + from) =
-          odd ? make_uint2(other, own) : make_uint2(own, other);
-  }
+  store_matrices(place, packed[0][0], packed[0][1], packed[1][0], packed[1][1]);
 }
 
 // A thread's sums of 16 output columns, the `unit`th: of the gate, or of plain columns, and of up.
@@ -174,36 +229,34 @@ __device__ __forceinline__ void gather(Sum sum, int unit, float (&values)[2][4],
     }
 }
 
-// Registers have no index at run time, so code for every unit of a tile would be tens of kilobytes, which a
-// multiprocessor fetches anew whenever other kernels ran in between. This loop has code for a few units, and moves the
-// others' sums to where those were.
+// Writes a warp's rows of a tile. Registers have no index at run time, so code for every unit of a tile would be tens of
+// kilobytes, which a multiprocessor fetches anew whenever other kernels ran in between. These loops have code for one chunk,
+// and move the others' sums to where those were.
 template <class K, Finish FINISH>
-__device__ __forceinline__ void write_tile(const Product &p, float (&sums)[K::PARTS][K::SUMS], int row, int column,
-                                           unsigned biases) {
-  constexpr int UNITS = K::OUT_COLUMNS / 16, HALF = K::GATED ? K::SUMS / 2 : K::SUMS;
-  // Two parts leave no registers for that; there the other warpgroup multiplies meanwhile.
-  constexpr int STEP = K::PARTS == 2   ? UNITS
-                       : UNITS % 4 == 0 ? 4
-                       : UNITS % 3 == 0 ? 3
-                       : UNITS % 2 == 0 ? 2
-                                        : 1;
+__device__ __forceinline__ void write_tile(const Product &p, Outbox<K> &outbox, float (&sums)[K::PARTS][K::SUMS], int row,
+                                           int column, unsigned biases) {
+  constexpr int STEP = K::CHUNK / 16, UNITS = K::OUT_COLUMNS / 16, HALF = K::GATED ? K::SUMS / 2 : K::SUMS;
 #pragma unroll 1
-  for (int first = 0; first < UNITS; first += STEP) {
-#pragma unroll
-    for (int part = 0; part < K::PARTS; ++part)
+  for (int part = 0; part < K::PARTS; ++part) {
+#pragma unroll 1
+    for (int first = 0; first < UNITS; first += STEP) {
+      outbox.open();
 #pragma unroll
       for (int unit = 0; unit < STEP; ++unit) {
         float values[2][4], up[2][4];
-        gather<K>([&](int i) { return sums[part][i]; }, unit, values, up);
-        write_columns<K, FINISH>(p, row + 64 * part, column, first + unit, biases, values, up);
-        if (K::PARTS == 2)
-          __syncwarp(); // one unit after the other, for want of registers
+        gather<K>([&](int i) { return sums[0][i]; }, unit, values, up);
+        put_columns<K, FINISH>(p, outbox.place(unit), first + unit, biases, values, up);
       }
+      outbox.send(p, row + 64 * part, column + 16 * first);
 #pragma unroll
-    for (int half = 0; half < K::SUMS; half += HALF)
+      for (int half = 0; half < K::SUMS; half += HALF)
 #pragma unroll
-      for (int i = 0; i + 8 * STEP < HALF; ++i)
-        sums[0][half + i] = sums[0][half + i + 8 * STEP];
+        for (int i = 0; i + 8 * STEP < HALF; ++i)
+          sums[0][half + i] = sums[0][half + i + 8 * STEP];
+    }
+#pragma unroll
+    for (int i = 0; K::PARTS == 2 && i < K::SUMS; ++i)
+      sums[0][i] = sums[K::PARTS - 1][i];
   }
 }
 
@@ -221,11 +274,12 @@ template <bool GATED, typename Write> __device__ __forceinline__ void with_finis
 }
 
 template <class K> struct Ring {
-  unsigned base; // of the stages, then each consumer's biases of a tile, then the barriers
+  unsigned base; // of the stages, then each warp's outbox, each consumer's biases of a tile, the barriers
   __device__ unsigned rows(int stage) const { return base + stage * K::STAGE_BYTES; }
   __device__ unsigned weights(int stage) const { return rows(stage) + K::ROW_BYTES; }
-  __device__ unsigned biases(int consumer) const { return rows(K::STAGES) + consumer * K::COLUMNS * 4; }
-  __device__ unsigned full(int stage) const { return rows(K::STAGES) + K::BIAS_BYTES + 8 * stage; }
+  __device__ unsigned outbox(int warp) const { return rows(K::STAGES) + warp * 2 * K::CHUNK_BYTES; }
+  __device__ unsigned biases(int consumer) const { return outbox(4 * K::CONSUMERS) + consumer * K::COLUMNS * int(sizeof(typename K::T)); }
+  __device__ unsigned full(int stage) const { return biases(K::CONSUMERS) + 8 * stage; }
   __device__ unsigned empty(int stage) const { return full(stage) + 8 * K::STAGES; }
 };
 
@@ -237,26 +291,39 @@ __device__ __forceinline__ int row_tile_of(const Product &p, int tile) {
   const int per_group = p.group * p.column_tiles;
   return tile / per_group * p.group + tile % per_group % group_height(p, tile);
 }
-// Its first column of the output.
-template <class K> __device__ __forceinline__ int column_of(const Product &p, int tile) {
-  return tile % (p.group * p.column_tiles) / group_height(p, tile) * K::OUT_COLUMNS;
+__device__ __forceinline__ int column_tile_of(const Product &p, int tile) {
+  return tile % (p.group * p.column_tiles) / group_height(p, tile);
 }
 
 // A block's place in its cluster.
 template <class K> struct Place {
-  int share, split;
-  __device__ explicit Place(unsigned rank) : share(rank % K::SHARE), split(rank / K::SHARE) {}
-  __device__ unsigned rank_of(int share, int split) const { return split * K::SHARE + share; }
-  // Its part of a tile's stages.
-  __device__ int first_stage(int stages) const { return split * stages / K::SPLIT; }
-  __device__ int end_stage(int stages) const { return (split + 1) * stages / K::SPLIT; }
+  int share, peer, split, link, first_tile, step; // every `step`th tile from the first one on
+  __device__ explicit Place(unsigned rank)
+      : share(rank % K::SHARE), peer(rank / K::SHARE % K::PEERS), split(rank / K::SHARE / K::PEERS),
+        link(blockIdx.x / K::CLUSTER % K::LINKS), first_tile(blockIdx.x / K::CLUSTER / K::LINKS),
+        step(gridDim.x / K::CLUSTER / K::LINKS) {}
+  __device__ unsigned rank_of(int share, int peer, int split) const {
+    return (split * K::PEERS + peer) * K::SHARE + share;
+  }
+  // The first row and the first column of the output, of a tile of the cluster.
+  __device__ int row_of(const Product &p, int tile) const { return (row_tile_of(p, tile) * K::SHARE + share) * K::ROWS; }
+  __device__ int column_of(const Product &p, int tile) const {
+    return (column_tile_of(p, tile) * K::PEERS + peer) * K::OUT_COLUMNS;
+  }
+  // Its part of a tile's stages. The first of two clusters has fewer: the other one waits for its sums.
+  __device__ int first_stage(int stages) const {
+    return K::LINKS == 1 ? split * stages / K::SPLIT : link == 0 ? 0 : max(stages / 2 - 1, 0);
+  }
+  __device__ int end_stage(int stages) const {
+    return K::LINKS == 1 ? (split + 1) * stages / K::SPLIT : link == 0 ? max(stages / 2 - 1, 0) : stages;
+  }
 };
 
 // The same for a tile whose sums are in as many parts as the cluster has blocks; each block writes a share of the
 // columns.
 template <class K, Finish FINISH>
-__device__ __forceinline__ void write_split_tile(const Product &p, unsigned sums_at, const Place<K> &at, int row,
-                                                 int column, unsigned biases) {
+__device__ __forceinline__ void write_split_tile(const Product &p, Outbox<K> &outbox, unsigned sums_at,
+                                                 const Place<K> &at, int row, int column, unsigned biases) {
   constexpr int UNITS = K::OUT_COLUMNS / 16;
   const unsigned thread = sums_at + 4 * (threadIdx.x - WARPGROUP);
   for (int unit = at.split * UNITS / K::SPLIT; unit < (at.split + 1) * UNITS / K::SPLIT; ++unit)
@@ -265,55 +332,66 @@ __device__ __forceinline__ void write_split_tile(const Product &p, unsigned sums
       float values[2][4], up[2][4];
       gather<K>(
           [&](int i) {
-            const unsigned address = thread + 4 * CONSUMERS * WARPGROUP * (part * K::SUMS + i);
+            const unsigned address = thread + 4 * K::CONSUMERS * WARPGROUP * (part * K::SUMS + i);
             float sum = 0.f;
 #pragma unroll
             for (int block = 0; block < K::SPLIT; ++block)
-              sum += load_from_cluster(cluster_address(address, at.rank_of(at.share, block)));
+              sum += load_from_cluster(cluster_address(address, at.rank_of(at.share, at.peer, block)));
             return sum;
           },
           unit, values, up);
-      write_columns<K, FINISH>(p, row + 64 * part, column, unit, biases, values, up);
+      outbox.open();
+      put_columns<K, FINISH>(p, outbox.place(0), unit, biases, values, up);
+      outbox.send(p, row + 64 * part, column + 16 * unit);
     }
 }
 
 template <class K> __device__ __forceinline__ void produce(const Product &p, const Ring<K> &ring, const Place<K> &at) {
-  const int step = gridDim.x / K::CLUSTER, tiles = p.row_tiles * p.column_tiles;
+  const int step = at.step, tiles = p.row_tiles * p.column_tiles;
   const int first_stage = at.first_stage(p.stages), end_stage = at.end_stage(p.stages);
   int row = 0, column = 0, boxes = 0;
   const auto place = [&](int tile) {
-    row = (row_tile_of(p, tile) * K::SHARE + at.share) * K::ROWS;
-    column = column_of<K>(p, tile);
+    row = at.row_of(p, tile);
+    column = at.column_of(p, tile);
     // None of those that lie outside: they would take longer than what is there. Their rows' sums go nowhere.
     boxes = min(max(p.tokens - row + p.box_rows - 1, 0), K::ROWS) / p.box_rows;
   };
   const auto expect = [&](int stage) {
-    barrier_arrive_expect(ring.full(stage), boxes * p.box_rows * SWIZZLE_BYTES + 2 * K::HALF_BYTES);
+    barrier_arrive_expect(ring.full(stage), boxes * p.box_rows * SWIZZLE_BYTES + K::BOXES * K::BOX_BYTES);
   };
-  // Half of a tile's weights: the gate's or up's rows, or rows of the one weight.
-  const auto half_map = [&](int half) { return half == 0 ? &p.weights : &p.up; };
-  const auto half_row = [&](int half) { return K::GATED ? column : column + half * (K::COLUMNS / 2); };
+  // Part of a tile's weights: the gate's or up's rows, or rows of the one weight.
+  const auto part_map = [&](int part) { return part < K::BOXES / 2 ? &p.weights : &p.up; };
+  const auto part_row = [&](int part) {
+    return column + (K::GATED ? part % (K::BOXES / 2) : part) * (K::COLUMNS / K::BOXES);
+  };
   const unsigned long long once = evict_first_policy(), again = evict_normal_policy();
   const unsigned long long weights_policy = p.row_tiles == 1 ? once : again;
   const auto copy_weights = [&](int stage, int depth) {
     if constexpr (K::SHARE == 1) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        copy_box(ring.weights(stage) + half * K::HALF_BYTES, half_map(half), depth * DEPTH, half_row(half),
+      for (int part = 0; part < 2; ++part)
+        copy_box(ring.weights(stage) + part * K::BOX_BYTES, part_map(part), depth * K::DEPTH, part_row(part),
                  ring.full(stage), weights_policy);
     } else {
-      static_assert(K::SHARE == 2, "a block copies half of the weights");
-      copy_box_to_cluster(ring.weights(stage) + at.share * K::HALF_BYTES, half_map(at.share), depth * DEPTH,
-                          half_row(at.share), ring.full(stage), 3 << at.rank_of(0, at.split), weights_policy);
+      copy_box_to_cluster(ring.weights(stage) + at.share * K::BOX_BYTES, part_map(at.share), depth * K::DEPTH,
+                          part_row(at.share), ring.full(stage), ((1 << K::SHARE) - 1) << at.rank_of(0, at.peer, at.split),
+                          weights_policy);
     }
   };
   const auto copy_rows = [&](int stage, int depth) {
-    for (int box = 0; box < boxes; ++box)
-      copy_box(ring.rows(stage) + box * p.box_rows * SWIZZLE_BYTES, &p.rows, depth * DEPTH, row + box * p.box_rows,
-               ring.full(stage), again);
+    for (int box = at.peer; box < boxes; box += K::PEERS) {
+      const unsigned to = ring.rows(stage) + box * p.box_rows * SWIZZLE_BYTES;
+      if constexpr (K::PEERS == 1) {
+        copy_box(to, &p.rows, depth * K::DEPTH, row + box * p.box_rows, ring.full(stage), again);
+      } else {
+        static_assert(K::PEERS == 2, "the blocks of the mask");
+        copy_box_to_cluster(to, &p.rows, depth * K::DEPTH, row + box * p.box_rows, ring.full(stage),
+                            (1 << at.rank_of(at.share, 0, at.split)) | (1 << at.rank_of(at.share, 1, at.split)), again);
+      }
+    }
   };
 
-  int tile = blockIdx.x / K::CLUSTER, depth = first_stage;
+  int tile = at.first_tile, depth = first_stage;
   place(tile);
   // What can be asked for before the kernel before is over.
   const int early = min(end_stage - first_stage, static_cast<int>(K::STAGES));
@@ -322,10 +400,10 @@ template <class K> __device__ __forceinline__ void produce(const Product &p, con
       expect(i);
       copy_weights(i, first_stage + i);
     } else if (K::SHARE == 1) {
-      prefetch_box(&p.weights, (first_stage + i) * DEPTH, half_row(0));
-      prefetch_box(&p.up, (first_stage + i) * DEPTH, half_row(1));
+      prefetch_box(&p.weights, (first_stage + i) * K::DEPTH, part_row(0));
+      prefetch_box(&p.up, (first_stage + i) * K::DEPTH, part_row(1));
     } else {
-      prefetch_box(half_map(at.share), (first_stage + i) * DEPTH, half_row(at.share));
+      prefetch_box(part_map(at.share), (first_stage + i) * K::DEPTH, part_row(at.share));
     }
   }
   wait_for_previous_kernel();
@@ -361,35 +439,74 @@ template <class K> __device__ __forceinline__ void produce(const Product &p, con
 }
 
 // A tile's bias of its i-th row of weights; 0 where there is none.
-template <class K> __device__ __forceinline__ float bias_of(const Product &p, int column, int i) {
+template <class K> __device__ __forceinline__ typename K::Bits bias_of(const Product &p, int column, int i) {
   const bool second = K::GATED && i >= K::OUT_COLUMNS;
   const void *const bias = second ? p.bias_up : p.bias;
   const int at = column + (second ? i - K::OUT_COLUMNS : i);
-  return bias && i < K::COLUMNS && at < p.columns ? to_float(static_cast<const typename K::T *>(bias)[at]) : 0.f;
+  return bias && i < K::COLUMNS && at < p.columns ? static_cast<const typename K::Bits *>(bias)[at] : typename K::Bits(0);
 }
 
 __device__ __forceinline__ void meet_warpgroup(int consumer) {
   asm volatile("bar.sync %0, %1;" ::"r"(4 + consumer), "n"(WARPGROUP) : "memory");
 }
 
+// Hands a block's sums to the one of the other cluster that finishes the tile, or takes them. Blocks start in order, so the
+// one that takes finds the other one started.
+template <class K>
+__device__ __forceinline__ void hand_over(const Product &p, const Place<K> &at, int tile,
+                                          float (&sums)[K::PARTS][K::SUMS]) {
+  constexpr int WIDTH = K::CONSUMERS * WARPGROUP;
+  const long long block = tile * K::CLUSTER + at.rank_of(at.share, at.peer, at.split);
+  float *const own = p.sums + block * (K::ROWS * K::COLUMNS) + threadIdx.x - WARPGROUP;
+  if (at.link == 0) {
+#pragma unroll
+    for (int part = 0; part < K::PARTS; ++part)
+#pragma unroll
+      for (int i = 0; i < K::SUMS; ++i)
+        __stcg(own + WIDTH * (part * K::SUMS + i), sums[part][i]);
+    __threadfence();
+    asm volatile("bar.sync 1, %0;" ::"n"(WIDTH) : "memory");
+    if (threadIdx.x == WARPGROUP)
+      asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(p.flags + block) : "memory");
+    return;
+  }
+  if (threadIdx.x % 32 == 0) {
+    unsigned there = 0;
+    while (there == 0)
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(p.flags + block) : "memory");
+  }
+  __syncwarp();
+#pragma unroll
+  for (int part = 0; part < K::PARTS; ++part)
+#pragma unroll
+    for (int i = 0; i < K::SUMS; ++i)
+      sums[part][i] += __ldcg(own + WIDTH * (part * K::SUMS + i));
+}
+
 template <class K> __device__ __forceinline__ void consume(const Product &p, const Ring<K> &ring, const Place<K> &at) {
   using T = typename K::T;
   wait_for_previous_kernel();
   const int consumer = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP;
-  const int step = gridDim.x / K::CLUSTER, tiles = p.row_tiles * p.column_tiles;
+  const int step = at.step, tiles = p.row_tiles * p.column_tiles;
   const int stages = at.end_stage(p.stages) - at.first_stage(p.stages);
   const bool has_biases = p.bias || p.bias_up;
   const int rows_from = K::PINGPONG ? 0 : consumer * 64 * K::PARTS;
   const auto release = [&](int stage) {
-    if constexpr (K::SHARE == 1) {
+    if constexpr (K::SHARE * K::PEERS == 1) {
       if (thread == 0)
         barrier_arrive(ring.empty(stage));
-    } else if (thread < K::SHARE) {
-      barrier_arrive_in_cluster(cluster_address(ring.empty(stage), at.rank_of(thread, at.split)));
+    } else if (thread < K::SHARE + K::PEERS - 1) {
+      // Every block that copies into this one's stages.
+      const unsigned block = thread < K::SHARE ? at.rank_of(thread, at.peer, at.split)
+                                               : at.rank_of(at.share, (at.peer + thread - K::SHARE + 1) % K::PEERS, at.split);
+      barrier_arrive_in_cluster(cluster_address(ring.empty(stage), block));
     }
   };
-  const int first_tile = blockIdx.x / K::CLUSTER;
-  int tile = first_tile, count = 0; // stages that this block's consumers have gone through
+  Outbox<K> outbox(ring.outbox(threadIdx.x / 32 - 4));
+  if (p.clear && blockIdx.x == 0)
+    for (int i = threadIdx.x - WARPGROUP; i < MEETINGS; i += K::CONSUMERS * WARPGROUP)
+      p.clear[i] = 0;
+  int tile = at.first_tile, count = 0; // stages that this block's consumers have gone through
   if (K::PINGPONG && consumer == 1) {
     tile += step;
     count = stages;
@@ -397,12 +514,12 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
   for (; tile < tiles; tile += K::PINGPONG ? 2 * step : step) {
     // Asked for before the products, put in shared memory after them. While a warpgroup of a pair waits the other
     // multiplies, so there it keeps no registers for that.
-    float bias[(K::COLUMNS + WARPGROUP - 1) / WARPGROUP];
+    typename K::Bits bias[(K::COLUMNS + WARPGROUP - 1) / WARPGROUP];
     const auto load_biases = [&] {
       if (has_biases)
 #pragma unroll
         for (int i = 0; i * WARPGROUP < K::COLUMNS; ++i)
-          bias[i] = bias_of<K>(p, column_of<K>(p, tile), thread + i * WARPGROUP);
+          bias[i] = bias_of<K>(p, at.column_of(p, tile), thread + i * WARPGROUP);
     };
     if (!K::PINGPONG)
       load_biases();
@@ -415,14 +532,24 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
     int stage = count % K::STAGES, before = 0;
     unsigned parity = count / K::STAGES % 2;
     // A barrier tells one phase from the next, not from the one after that: the other warpgroup's stages come first.
-    if (K::PINGPONG && tile != first_tile)
-      asm volatile("bar.sync %0, %1;" ::"r"(2 + consumer), "n"(CONSUMERS * WARPGROUP) : "memory");
-    for (int depth = 0; depth < stages; ++depth) {
+    if (K::PINGPONG && tile != at.first_tile)
+      asm volatile("bar.sync %0, %1;" ::"r"(2 + consumer), "n"(K::CONSUMERS * WARPGROUP) : "memory");
+    // A warpgroup that has no rows multiplies nothing.
+    const bool idle = !K::PINGPONG && at.row_of(p, tile) + rows_from >= p.tokens;
+    for (int depth = 0; idle && depth < stages; ++depth) {
+      barrier_wait(ring.full(stage), parity);
+      release(stage);
+      if (++stage == K::STAGES) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+    for (int depth = idle ? stages : 0; depth < stages; ++depth) {
       barrier_wait(ring.full(stage), parity);
       products_begin();
       const unsigned long long weights = tile_descriptor(ring.weights(stage));
 #pragma unroll
-      for (int k = 0; k < DEPTH / 16; ++k)
+      for (int k = 0; k < K::DEPTH / 16; ++k)
 #pragma unroll
         for (int part = 0; part < K::PARTS; ++part)
           WarpgroupProduct<T, K::COLUMNS>::add(
@@ -440,17 +567,21 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
       }
     }
     if (K::PINGPONG && tile + step < tiles)
-      asm volatile("bar.arrive %0, %1;" ::"r"(3 - consumer), "n"(CONSUMERS * WARPGROUP) : "memory");
+      asm volatile("bar.arrive %0, %1;" ::"r"(3 - consumer), "n"(K::CONSUMERS * WARPGROUP) : "memory");
     products_wait<0>();
 #pragma unroll
     for (int part = 0; part < K::PARTS; ++part)
       pin(sums[part]);
-    release(before);
+    if (!idle)
+      release(before);
     count += K::PINGPONG ? 2 * stages : stages;
 
-    const int row_tile = row_tile_of(p, tile) * K::SHARE + at.share;
-    const int row = row_tile * K::ROWS + rows_from + thread / 32 * 16 + thread % 32 / 4;
-    const int column = column_of<K>(p, tile);
+    if constexpr (K::LINKS > 1) {
+      hand_over(p, at, tile, sums);
+      if (at.link == 0)
+        break;
+    }
+    const int row = at.row_of(p, tile) + rows_from + thread / 32 * 16, column = at.column_of(p, tile);
     unsigned biases = 0;
     if (K::PINGPONG)
       load_biases();
@@ -460,29 +591,30 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
 #pragma unroll
       for (int i = 0; i * WARPGROUP < K::COLUMNS; ++i)
         if (thread + i * WARPGROUP < K::COLUMNS)
-          store_shared(biases + 4 * (thread + i * WARPGROUP), bias[i]);
+          store_shared(biases + 2 * (thread + i * WARPGROUP), bias[i]);
       meet_warpgroup(consumer);
     }
     if constexpr (K::SPLIT == 1) {
-      with_finish<K::GATED>(p.finish, [&](auto finish) { write_tile<K, finish>(p, sums, row, column, biases); });
+      with_finish<K::GATED>(p.finish, [&](auto finish) { write_tile<K, finish>(p, outbox, sums, row, column, biases); });
     } else {
-      asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * WARPGROUP) : "memory"); // both are done with the stages
+      asm volatile("bar.sync 1, %0;" ::"n"(K::CONSUMERS * WARPGROUP) : "memory"); // both are done with the stages
 #pragma unroll
       for (int part = 0; part < K::PARTS; ++part)
 #pragma unroll
         for (int i = 0; i < K::SUMS; ++i)
-          store_shared(ring.base + 4 * (CONSUMERS * WARPGROUP * (part * K::SUMS + i) + threadIdx.x - WARPGROUP),
+          store_shared(ring.base + 4 * (K::CONSUMERS * WARPGROUP * (part * K::SUMS + i) + threadIdx.x - WARPGROUP),
                        sums[part][i]);
       cluster_sync();
       with_finish<K::GATED>(p.finish,
-                            [&](auto finish) { write_split_tile<K, finish>(p, ring.base, at, row, column, biases); });
+                            [&](auto finish) { write_split_tile<K, finish>(p, outbox, ring.base, at, row, column, biases); });
     }
   }
+  outbox.close();
 }
 
 #endif // FUSED_MLP_HOPPER
 
-template <class K> __global__ void __launch_bounds__(THREADS, 1) product_kernel(const __grid_constant__ Product p) {
+template <class K> __global__ void __launch_bounds__(K::THREADS, 1) product_kernel(const __grid_constant__ Product p) {
 #ifdef FUSED_MLP_HOPPER
   extern __shared__ unsigned char shared[];
   const Ring<K> ring{(shared_address(shared) + SWIZZLE_ALIGN - 1) / SWIZZLE_ALIGN * SWIZZLE_ALIGN};
@@ -491,9 +623,10 @@ template <class K> __global__ void __launch_bounds__(THREADS, 1) product_kernel(
     prefetch_map(&p.rows);
     prefetch_map(&p.weights);
     prefetch_map(&p.up);
+    prefetch_map(&p.out);
     for (int stage = 0; stage < K::STAGES; ++stage) {
       barrier_init(ring.full(stage), 1);
-      barrier_init(ring.empty(stage), (K::PINGPONG ? 1 : CONSUMERS) * K::SHARE);
+      barrier_init(ring.empty(stage), (K::PINGPONG ? 1 : K::CONSUMERS) * (K::SHARE + K::PEERS - 1));
     }
     publish_barriers();
   }
@@ -502,14 +635,14 @@ template <class K> __global__ void __launch_bounds__(THREADS, 1) product_kernel(
   else
     cluster_meet();
   if (threadIdx.x < WARPGROUP) {
-    give_registers<PRODUCER_REGISTERS>();
+    give_registers<K::PRODUCER_REGISTERS>();
     if (threadIdx.x == 0)
       produce(p, ring, at);
     __syncwarp();
     if (K::SPLIT > 1)
       cluster_sync(); // where the consumers exchange sums
   } else {
-    take_registers<CONSUMER_REGISTERS>();
+    take_registers<K::CONSUMER_REGISTERS>();
     consume(p, ring, at);
   }
   if (K::CLUSTER > 1)
@@ -525,7 +658,7 @@ constexpr int GROUP_TOKENS = 4096;
 constexpr int MAX_DEVICES = 64;
 
 // Blocks that the device runs at once, in whole clusters; asked for once.
-template <class K> int resident_blocks(int *blocks) {
+template <class K, void (*KERNEL)(Product)> int resident_blocks(int *blocks) {
   static std::atomic<int> known[MAX_DEVICES];
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -536,7 +669,7 @@ template <class K> int resident_blocks(int *blocks) {
   *blocks = known[device].load(std::memory_order_acquire);
   if (*blocks > 0)
     return FUSED_MLP_OK;
-  error = cudaFuncSetAttribute(product_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, K::TOTAL_BYTES);
+  error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, K::TOTAL_BYTES);
   if (error != cudaSuccess)
     return error;
   cudaLaunchAttribute cluster;
@@ -544,12 +677,12 @@ template <class K> int resident_blocks(int *blocks) {
   cluster.val.clusterDim = {K::CLUSTER, 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(K::CLUSTER);
-  config.blockDim = dim3(THREADS);
+  config.blockDim = dim3(K::THREADS);
   config.dynamicSmemBytes = K::TOTAL_BYTES;
   config.attrs = &cluster;
   config.numAttrs = 1;
   int clusters = 0;
-  error = cudaOccupancyMaxActiveClusters(&clusters, product_kernel<K>, &config);
+  error = cudaOccupancyMaxActiveClusters(&clusters, KERNEL, &config);
   if (error != cudaSuccess)
     return error;
   if (clusters == 0)
@@ -561,35 +694,41 @@ template <class K> int resident_blocks(int *blocks) {
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-template <class K> int enqueue(const Operands &o, cudaStream_t stream) {
-  int blocks = 0, status = resident_blocks<K>(&blocks);
+template <class K, void (*KERNEL)(Product)> int enqueue(const Operands &o, cudaStream_t stream) {
+  int blocks = 0, status = resident_blocks<K, KERNEL>(&blocks);
   Product p;
   // Whole rows only of so few tokens: a box that ends outside takes longer.
   p.box_rows = o.tokens < K::ROWS ? o.tokens : 64;
+  const int box_columns = K::COLUMNS / K::BOXES;
   if (status == FUSED_MLP_OK)
     status = encode_tensor_map(&p.rows, o.dtype, o.rows, o.tokens, o.depth, o.rows_stride, p.box_rows);
   if (status == FUSED_MLP_OK)
-    status = encode_tensor_map(&p.weights, o.dtype, o.weights, o.columns, o.depth, o.weights_stride, K::COLUMNS / 2);
+    status = encode_tensor_map(&p.weights, o.dtype, o.weights, o.columns, o.depth, o.weights_stride, box_columns);
   if (status == FUSED_MLP_OK)
     status = encode_tensor_map(&p.up, o.dtype, K::GATED ? o.up : o.weights, o.columns, o.depth,
-                               K::GATED ? o.up_stride : o.weights_stride, K::COLUMNS / 2);
+                               K::GATED ? o.up_stride : o.weights_stride, box_columns);
+  if (status == FUSED_MLP_OK && K::CHUNK > 0)
+    status = encode_tensor_map(&p.out, o.dtype, o.out, o.tokens, o.columns, o.out_stride, 16, 2 * K::CHUNK);
   if (status != FUSED_MLP_OK)
     return status;
-  p.out = o.out;
+  p.out_rows = o.out;
+  p.out_stride = o.out_stride;
+  p.clear = static_cast<unsigned *>(o.clear);
+  p.flags = static_cast<unsigned *>(o.meeting);
+  p.sums = reinterpret_cast<float *>(p.flags + MEETINGS);
   p.bias = o.bias;
   p.bias_up = o.bias_up;
-  p.out_stride = o.out_stride;
   p.tokens = o.tokens;
   p.columns = o.columns;
-  p.stages = ceil_div(o.depth, DEPTH);
+  p.stages = ceil_div(o.depth, K::DEPTH);
   p.row_tiles = ceil_div(o.tokens, K::ROWS * K::SHARE);
-  p.column_tiles = ceil_div(o.columns, K::OUT_COLUMNS);
+  p.column_tiles = ceil_div(o.columns, K::OUT_COLUMNS * K::PEERS);
   p.group = GROUP_TOKENS / (K::ROWS * K::SHARE);
   p.weights_early = o.weights_early;
   p.finish = o.finish;
   p.slope = o.slope;
 
-  const int tiles = p.row_tiles * p.column_tiles * K::CLUSTER;
+  const int tiles = p.row_tiles * p.column_tiles * K::CLUSTER * K::LINKS;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {K::CLUSTER, 1, 1};
@@ -597,19 +736,20 @@ template <class K> int enqueue(const Operands &o, cudaStream_t stream) {
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   // Blocks of a split tile do not go on to another one.
-  config.gridDim = dim3(K::SPLIT == 1 && blocks < tiles ? blocks : tiles);
-  config.blockDim = dim3(THREADS);
+  config.gridDim = dim3(K::SPLIT * K::LINKS == 1 && blocks < tiles ? blocks : tiles);
+  config.blockDim = dim3(K::THREADS);
   config.dynamicSmemBytes = K::TOTAL_BYTES;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, product_kernel<K>, p);
+  return cudaLaunchKernelEx(&config, KERNEL, p);
 }
 
-template <class K> constexpr Variant variant() {
-  return {K::GATED, K::PINGPONG, K::ROWS,            K::COLUMNS, K::OUT_COLUMNS,
-          K::SHARE, K::SPLIT,    resident_blocks<K>, enqueue<K>};
+template <class K, void (*KERNEL)(Product)> constexpr Variant variant_of() {
+  return {K::GATED, K::PINGPONG, K::ROWS,  K::COLUMNS,
+          K::OUT_COLUMNS, K::SHARE, K::PEERS, K::SPLIT, K::LINKS, resident_blocks<K, KERNEL>, enqueue<K, KERNEL>};
 }
+template <class K> constexpr Variant variant() { return variant_of<K, product_kernel<K>>(); }
 
 // The architecture that the code which runs on the current device was compiled for, and the one that it runs as.
 template <class K> int compiled_for(int *source, int *binary) {
@@ -623,45 +763,41 @@ template <class K> int compiled_for(int *source, int *binary) {
 // The tiles that were fastest for some shape, and no slower than others for shapes between (PERFORMANCE.md).
 template <typename T> const Variant *variants_of(int *count) {
   static const Variant variants[] = {
-      // Gated: rows, weights' rows, ping-pong, share, split.
-      variant<Tile<T, true, 128, 64, false, 1, 1>>(),
-      variant<Tile<T, true, 128, 96, false, 1, 1>>(),
-      variant<Tile<T, true, 128, 128, false, 1, 1>>(),
-      variant<Tile<T, true, 128, 192, false, 1, 1>>(),
-      variant<Tile<T, true, 128, 224, false, 1, 1>>(),
-      variant<Tile<T, true, 128, 96, false, 2, 1>>(),
-      variant<Tile<T, true, 128, 128, false, 2, 1>>(),
-      variant<Tile<T, true, 128, 192, false, 2, 1>>(),
-      variant<Tile<T, true, 128, 224, false, 2, 1>>(),
-      variant<Tile<T, true, 128, 256, false, 2, 1>>(),
-      variant<Tile<T, true, 128, 160, true, 2, 1>>(),
-      variant<Tile<T, true, 128, 192, true, 2, 1>>(),
-      variant<Tile<T, true, 64, 256, true, 2, 1>>(),
+      // Gated: rows, weights' rows, ping-pong, share, peers, split, links if not 1.
+      variant<Tile<T, true, 128, 96, false, 2, 1, 1>>(),
+      variant<Tile<T, true, 128, 128, false, 1, 1, 1>>(),
+      variant<Tile<T, true, 128, 128, false, 2, 1, 1>>(),
+      variant<Tile<T, true, 128, 224, false, 1, 1, 1>>(),
+      variant<Tile<T, true, 128, 160, true, 2, 2, 1>>(),
+      variant<Tile<T, true, 128, 192, true, 2, 1, 1>>(),
+      variant<Tile<T, true, 128, 192, false, 2, 1, 1>>(),
+      variant<Tile<T, true, 128, 256, false, 2, 1, 1>>(),
+      variant<Tile<T, true, 192, 128, false, 2, 1, 1>>(),
+      variant<Tile<T, true, 192, 160, false, 2, 1, 1>>(),
+      variant<Tile<T, true, 192, 192, false, 2, 1, 1>>(),
       // Plain.
-      variant<Tile<T, false, 128, 64, false, 1, 1>>(),
-      variant<Tile<T, false, 128, 96, false, 1, 1>>(),
-      variant<Tile<T, false, 128, 128, false, 1, 1>>(),
-      variant<Tile<T, false, 128, 192, false, 1, 1>>(),
-      variant<Tile<T, false, 128, 64, false, 2, 1>>(),
-      variant<Tile<T, false, 128, 96, false, 2, 1>>(),
-      variant<Tile<T, false, 128, 128, false, 2, 1>>(),
-      variant<Tile<T, false, 128, 144, false, 2, 1>>(),
-      variant<Tile<T, false, 128, 160, false, 2, 1>>(),
-      variant<Tile<T, false, 128, 192, false, 2, 1>>(),
-      variant<Tile<T, false, 128, 224, false, 2, 1>>(),
-      variant<Tile<T, false, 128, 256, false, 2, 1>>(),
-      variant<Tile<T, false, 64, 256, true, 2, 1>>(),
-      variant<Tile<T, false, 128, 64, false, 1, 2>>(),
-      variant<Tile<T, false, 128, 128, false, 1, 2>>(),
-      variant<Tile<T, false, 128, 192, false, 1, 2>>(),
-      variant<Tile<T, false, 128, 64, false, 1, 4>>(),
-      variant<Tile<T, false, 128, 96, false, 1, 4>>(),
-      variant<Tile<T, false, 128, 128, false, 1, 4>>(),
-      variant<Tile<T, false, 128, 192, false, 1, 4>>(),
-      variant<Tile<T, false, 128, 128, false, 1, 8>>(),
-      variant<Tile<T, false, 128, 128, false, 2, 2>>(),
-      variant<Tile<T, false, 128, 192, false, 2, 2>>(),
-      variant<Tile<T, false, 128, 128, false, 2, 4>>(),
+      variant<Tile<T, false, 128, 128, false, 2, 1, 1, 2>>(),
+      variant<Tile<T, false, 128, 256, false, 2, 1, 1, 2>>(),
+      variant<Tile<T, false, 128, 64, false, 2, 1, 1>>(),
+      variant<Tile<T, false, 128, 96, false, 2, 1, 1>>(),
+      variant<Tile<T, false, 128, 128, false, 2, 1, 1>>(),
+      variant<Tile<T, false, 128, 144, false, 2, 1, 1>>(),
+      variant<Tile<T, false, 128, 128, false, 2, 2, 1>>(),
+      variant<Tile<T, false, 128, 128, false, 2, 1, 2>>(),
+      variant<Tile<T, false, 128, 128, false, 2, 1, 4>>(),
+      variant<Tile<T, false, 128, 160, false, 2, 1, 1>>(),
+      variant<Tile<T, false, 128, 192, false, 2, 1, 1>>(),
+      variant<Tile<T, false, 128, 192, true, 2, 1, 1>>(),
+      variant<Tile<T, false, 128, 256, false, 2, 1, 1>>(),
+      variant<Tile<T, false, 128, 192, false, 2, 1, 2>>(),
+      variant<Tile<T, false, 128, 64, false, 1, 1, 2>>(),
+      variant<Tile<T, false, 128, 64, false, 1, 1, 4>>(),
+      variant<Tile<T, false, 128, 96, false, 2, 2, 1>>(),
+      variant<Tile<T, false, 128, 96, false, 1, 1, 4>>(),
+      variant<Tile<T, false, 192, 128, false, 1, 1, 2>>(),
+      variant<Tile<T, false, 192, 96, false, 1, 1, 4>>(),
+      variant<Tile<T, false, 256, 128, false, 1, 2, 1>>(),
+      variant<Tile<T, false, 256, 160, false, 1, 2, 1>>(),
   };
   *count = sizeof(variants) / sizeof(variants[0]);
   return variants;

@@ -6,7 +6,7 @@ namespace fused_mlp {
 const Variant *gemm_variants_bf16(int *count) { return variants_of<__nv_bfloat16>(count); }
 
 int gemm_compiled_for(int *source, int *binary) {
-  return compiled_for<Tile<__nv_bfloat16, false, 128, 128, false, 1, 1>>(source, binary);
+  return compiled_for<Tile<__nv_bfloat16, false, 128, 128, false, 2, 1, 1>>(source, binary);
 }
 
 } // namespace fused_mlp

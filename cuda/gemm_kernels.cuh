@@ -8,10 +8,14 @@ namespace fused_mlp {
 // What happens to a sum before it is rounded.
 enum class Finish { None, Swish, Gelu, GeluTanh, Relu };
 
+constexpr int MEETINGS = 1024; // flags at which the clusters of a tile meet
+
 // One product: out = finish(rows weights^T + bias), or of a gated tile finish(...) * (rows up^T + bias_up).
 struct Operands {
   const void *rows, *weights, *up, *bias, *bias_up; // biases may be null
   void *out;
+  void *meeting; // `meeting_bytes` of memory that begin with MEETINGS flags at 0, for tiles of two clusters; or null
+  void *clear;   // the flags of the next product, or null
   long long rows_stride, weights_stride, up_stride, out_stride; // elements
   int tokens, depth, columns;                                   // of the output; the weights have `columns` rows
   int dtype;
@@ -24,7 +28,7 @@ struct Operands {
 struct Variant {
   bool gated, pingpong;
   int rows, weights, columns; // of a tile: tokens, rows of weights, columns of the output
-  int share, split;
+  int share, peers, split, links;
   int (*resident)(int *blocks); // that the device runs at once, in whole clusters
   int (*enqueue)(const Operands &operands, cudaStream_t stream);
 };
@@ -32,6 +36,7 @@ struct Variant {
 // All of a dtype.
 const Variant *gemm_variants_bf16(int *count);
 const Variant *gemm_variants_f16(int *count);
+const Variant *gemm_variants_f32(int *count);
 // The architecture that the kernels' code for the current device was compiled for, and the one that it runs as.
 int gemm_compiled_for(int *source, int *binary);
 

@@ -106,6 +106,27 @@ __device__ __forceinline__ void copy_box_to_cluster(unsigned to, const CUtensorM
                : "memory");
 }
 
+// From shared memory to a box of the matrix; nothing outside the matrix is written. Belongs to the calling thread's group.
+__device__ __forceinline__ void copy_box_out(const CUtensorMap *map, int column, int row, unsigned from) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
+               "r"(row), "r"(from)
+               : "memory");
+}
+__device__ __forceinline__ void copies_out_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Returns when shared memory has been read for all of the calling thread's groups but the last `PENDING`.
+template <int PENDING> __device__ __forceinline__ void copies_out_wait() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
+// Between a thread's ordinary stores to shared memory and copies of what it stored.
+__device__ __forceinline__ void fence_shared_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// A warp's four matrices of 8 x 8 elements of 16 bits, as a product's sums lie in it; lane i gives the address of row i % 8
+// of matrix i / 8.
+__device__ __forceinline__ void store_matrices(unsigned address, unsigned a, unsigned b, unsigned c, unsigned d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Clusters
 
@@ -206,6 +227,8 @@ template <typename T, int N> struct WarpgroupProduct;
                     FUSED_MLP_F32(0))                                                                                  \
   FUSED_MLP_PRODUCT(T, NAME, 96, FUSED_MLP_FORTY "%40,%41,%42,%43,%44,%45,%46,%47", "%48", "%49", "%50", FUSED_MLP_F32(0),    \
                     FUSED_MLP_F16(32))                                                                                 \
+  FUSED_MLP_PRODUCT(T, NAME, 112, FUSED_MLP_FORTY FUSED_MLP_TEN(4) "%50,%51,%52,%53,%54,%55", "%56", "%57", "%58",              \
+                    FUSED_MLP_F32(0), FUSED_MLP_F16(32), FUSED_MLP_F8(48))                                             \
   FUSED_MLP_PRODUCT(T, NAME, 128, FUSED_MLP_FORTY FUSED_MLP_TEN(4) FUSED_MLP_TEN(5) "%60,%61,%62,%63", "%64", "%65", "%66",   \
                     FUSED_MLP_F64(0))                                                                                  \
   FUSED_MLP_PRODUCT(T, NAME, 144, FUSED_MLP_SEVENTY "%70,%71", "%72", "%73", "%74", FUSED_MLP_F64(0), FUSED_MLP_F8(64))       \
@@ -222,6 +245,32 @@ template <typename T, int N> struct WarpgroupProduct;
 FUSED_MLP_PRODUCTS(__nv_bfloat16, "bf16")
 FUSED_MLP_PRODUCTS(__half, "f16")
 #undef FUSED_MLP_PRODUCTS
+#undef FUSED_MLP_PRODUCT
+
+// d (64 x N, f32) = a (64 x 8) b (N x 8)^T, plus what d was unless `accumulate` is 0, with 11 bits of each element's fraction. b is
+// in shared memory; of a thread t has rows 16 (t / 32) + t % 32 / 4 (+ 8 for odd i) and columns t % 4 (+ 4 for i of 2 and 3).
+template <int N> struct WarpgroupProductTf32;
+
+#define FUSED_MLP_PRODUCT(N, LIST, A, B, FLAG, ...)                                                                    \
+  template <> struct WarpgroupProductTf32<N> {                                                                         \
+    static __device__ __forceinline__ void add(float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b,        \
+                                               int accumulate) {                                                       \
+      asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " FLAG ", 0;\n"                                 \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k8.f32.tf32.tf32 {" LIST "}, {" A "}, " B                   \
+                   ", accumulate, 1, 1;\n}\n"                                                                          \
+                   : __VA_ARGS__                                                                                       \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                             \
+    }                                                                                                                  \
+  };
+FUSED_MLP_PRODUCT(32, FUSED_MLP_TEN() "%10,%11,%12,%13,%14,%15", "%16,%17,%18,%19", "%20", "%21", FUSED_MLP_F16(0))
+FUSED_MLP_PRODUCT(64, FUSED_MLP_TEN() FUSED_MLP_TEN(1) FUSED_MLP_TEN(2) "%30,%31", "%32,%33,%34,%35", "%36", "%37",
+                  FUSED_MLP_F32(0))
+FUSED_MLP_PRODUCT(96, FUSED_MLP_FORTY "%40,%41,%42,%43,%44,%45,%46,%47", "%48,%49,%50,%51", "%52", "%53",
+                  FUSED_MLP_F32(0), FUSED_MLP_F16(32))
+FUSED_MLP_PRODUCT(128, FUSED_MLP_FORTY FUSED_MLP_TEN(4) FUSED_MLP_TEN(5) "%60,%61,%62,%63", "%64,%65,%66,%67", "%68",
+                  "%69", FUSED_MLP_F64(0))
+FUSED_MLP_PRODUCT(160, FUSED_MLP_SEVENTY "%70,%71,%72,%73,%74,%75,%76,%77,%78,%79", "%80,%81,%82,%83", "%84", "%85",
+                  FUSED_MLP_F64(0), FUSED_MLP_F16(64))
 #undef FUSED_MLP_PRODUCT
 #undef FUSED_MLP_F64
 #undef FUSED_MLP_F32
@@ -252,20 +301,27 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// Describes a matrix of 16-bit elements whose rows are `stride` elements apart, to be copied in boxes of 64 columns
-// (128 bytes, swizzled) and `box_rows` rows.
+// Describes a matrix whose rows are `stride` elements apart, to be copied in boxes of `box_rows` rows and 128 bytes of columns,
+// or of 64 or 32 bytes, swizzled over as many.
 inline int encode_tensor_map(CUtensorMap *map, int dtype, const void *matrix, long long rows, long long columns,
-                             long long stride, int box_rows) {
+                             long long stride, int box_rows, int box_bytes = SWIZZLE_BYTES) {
   const PFN_cuTensorMapEncodeTiled_v12000 encode = tensor_map_encoder();
   if (!encode)
     return FUSED_MLP_UNSUPPORTED;
+  const int element = dtype == FUSED_MLP_F32 ? 4 : 2;
+  const CUtensorMapDataType type = dtype == FUSED_MLP_F32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                   : dtype == FUSED_MLP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                            : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
-  const cuuint32_t box[2] = {SWIZZLE_BYTES / 2, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * element};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_bytes / element), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
   const CUresult result =
-      encode(map, dtype == FUSED_MLP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-             const_cast<void *>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode(map, type, 2, const_cast<void *>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             box_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+             : box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                               : CU_TENSOR_MAP_SWIZZLE_32B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? FUSED_MLP_OK : FUSED_MLP_UNSUPPORTED;
 }
 

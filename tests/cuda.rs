@@ -20,7 +20,10 @@ fn kernels(dtype: DType, (hidden, intermediate): (usize, usize)) -> Vec<Kernel> 
     let takes = |kernel: &Kernel| match kernel {
         Kernel::DecodeResident => half && hidden % 64 == 0 && intermediate % 256 == 0 && intermediate <= 3072,
         Kernel::DecodeHopper => half && hidden % 64 == 0 && intermediate % 64 == 0,
-        Kernel::Gemm => half && hidden % 8 == 0 && intermediate % 8 == 0,
+        Kernel::Gemm => {
+            let pieces = 16 / dtype.size_in_bytes();
+            dtype != DType::F64 && hidden % pieces == 0 && intermediate % pieces == 0
+        }
         Kernel::DecodeDependent | Kernel::Decode => {
             let pieces = 16 / dtype.size_in_bytes();
             dtype != DType::F64 && hidden % pieces == 0 && intermediate % pieces == 0
@@ -130,8 +133,9 @@ fn small_models() -> Result<()> {
 #[test]
 fn many_tokens() -> Result<()> {
     let device = &Device::new_cuda(0)?;
-    let sizes = [(72, 200, 40), (576, 1536, 576), (264, 1000, 520), (768, 3072, 768), (1024, 2816, 1000)];
-    for dtype in [DType::BF16, DType::F16] {
+    let sizes =
+        [(72, 200, 40), (576, 1536, 576), (264, 1000, 520), (768, 3072, 768), (1024, 2816, 1000), (128, 8256, 4096)];
+    for dtype in [DType::BF16, DType::F16, DType::F32] {
         for (i, (hidden, intermediate, out)) in sizes.into_iter().enumerate() {
             let random = &mut Random::new(20 + i as u64);
             let gate = random.linear((intermediate, hidden), i % 2 == 0, dtype, device)?;
@@ -303,6 +307,7 @@ fn graphs_replay() -> Result<()> {
         (DType::F32, Kernel::DecodeDependent, 5),
         (DType::F64, Kernel::DecodePortable, 3),
         (DType::BF16, Kernel::Gemm, 200),
+        (DType::F32, Kernel::Gemm, 200),
     ] {
         let random = &mut Random::new(6);
         let layers: Vec<_> = (0..3).map(|_| gated(random, (576, 1536), dtype, device)).collect::<Result<_>>()?;

@@ -1,12 +1,15 @@
 // Checks and times the products for many tokens on a GPU, tile by tile, without Rust between. From the folder `cuda`:
 //
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -I. -o harness/gemm harness/gemm.cu gemm.cu gemm_hopper_bf16.cu
-//     gemm_hopper_f16.cu elementwise.cu -lcublas
+//     gemm_hopper_f16.cu gemm_hopper_f32.cu elementwise.cu -lcublas
 //
 //   gemm check          every tile against f64, poisoned outputs, twice the same bits
-//   gemm sweep SHAPE|all WINDOW_US TOKENS...
+//   gemm accuracy       a product in f32 beside SGEMM, errors against f64, random and badly scaled inputs
+//   gemm sweep bf16|f32 SHAPE|all WINDOW_US TOKENS...
 //                       every tile on the shapes of PERFORMANCE.md: each product alone and beside the other, the choice of
 //                       gemm.cu, cuBLAS with one elementwise launch; a cold stack of weights, in CUDA graphs
+//   gemm chosen bf16|f32 SHAPE|all WINDOW_US TOKENS...
+//                       the choice and cuBLAS only, turn after turn and each after a pause
 #include "activation.cuh"
 #include "element.cuh"
 #include "gemm_kernels.cuh"
@@ -37,12 +40,14 @@ namespace {
 
 using B = __nv_bfloat16;
 
-std::vector<Variant> all_variants() {
+template <typename T> constexpr bool IS_F32 = std::is_same_v<T, float>;
+template <typename T> constexpr int DTYPE = IS_F32<T> ? FUSED_MLP_F32 : FUSED_MLP_BF16;
+
+template <typename T> std::vector<Variant> all_variants() {
   int count = 0;
-  const Variant *const v = gemm_variants_bf16(&count);
+  const Variant *const v = IS_F32<T> ? gemm_variants_f32(&count) : gemm_variants_bf16(&count);
   return std::vector<Variant>(v, v + count);
 }
-const std::vector<Variant> VARIANTS = all_variants();
 
 // The activations that the kernels have, as in gemm.cu.
 bool finish_of(Activation activation, Finish *finish, float *slope) {
@@ -59,9 +64,10 @@ bool finish_of(Activation activation, Finish *finish, float *slope) {
 
 std::string name_of(const Variant &v) {
   char text[64];
-  std::snprintf(text, sizeof text, "%s %dx%d%s%s%s", v.gated ? "gated" : "plain", v.rows, v.weights,
-                v.pingpong ? " pp" : "", v.share > 1 ? " share2" : "",
-                v.split > 1 ? (v.split == 2 ? " split2" : v.split == 4 ? " split4" : " split8") : "");
+  std::snprintf(text, sizeof text, "%s %dx%d%s%s%s%s%s", v.gated ? "gated" : "plain", v.rows, v.weights,
+                v.pingpong ? " pp" : "", v.share > 1 ? " share2" : "", v.peers > 1 ? " peers2" : "",
+                v.split > 1 ? (v.split == 2 ? " split2" : v.split == 4 ? " split4" : " split8") : "",
+                v.links > 1 ? " links2" : "");
   return text;
 }
 
@@ -72,31 +78,41 @@ __device__ unsigned mix(unsigned v) {
   v *= 0x846ca68bU;
   return v ^ (v >> 16);
 }
-__global__ void fill_normal(B *p, long long n, unsigned seed, float scale) {
+enum class Kind { Normal, Positive, Scaled, Offset };
+
+template <typename T> __global__ void fill(T *p, long long n, unsigned seed, float scale, Kind kind) {
   for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += (long long)gridDim.x * blockDim.x) {
     const unsigned a = mix(unsigned(i) * 2654435761U + mix(seed + unsigned(i >> 32))), b = mix(a + 0x9e3779b9U);
     const float r = sqrtf(-2.f * logf((a + 1.f) * (1.f / 4294967808.f)));
-    p[i] = __float2bfloat16_rn(scale * r * cospif(b * (2.f / 4294967296.f)));
+    const float normal = r * cospif(b * (2.f / 4294967296.f));
+    float v = normal;
+    if (kind == Kind::Positive)
+      v = a * (1.f / 4294967296.f);
+    if (kind == Kind::Scaled)
+      v = normal * exp2f(40.f * (mix(b) * (1.f / 4294967296.f)) - 20.f);
+    if (kind == Kind::Offset)
+      v = normal + 1000.f;
+    p[i] = from_float<T>(scale * v);
   }
 }
-B *normal(long long n, float scale) {
+template <typename T = B> T *normal(long long n, float scale, Kind kind = Kind::Normal) {
   static unsigned seed = 1;
-  B *p;
-  CUDA_OK(cudaMalloc(&p, n * 2));
-  fill_normal<<<1024, 256>>>(p, n, seed++, scale);
+  T *p;
+  CUDA_OK(cudaMalloc(&p, n * sizeof(T)));
+  fill<<<1024, 256>>>(p, n, seed++, scale, kind);
   return p;
 }
 
 // One product in f64, an element a thread.
-__global__ void reference(Operands o, bool gated, Activation activation, bool none, double *out) {
+template <typename T> __global__ void reference(Operands o, bool gated, Activation activation, bool none, double *out) {
   const long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
   if (i >= (long long)o.tokens * o.columns)
     return;
   const int row = i / o.columns, column = i % o.columns;
-  const B *x = (const B *)o.rows + row * o.rows_stride, *w = (const B *)o.weights + column * o.weights_stride;
-  const B *u = gated ? (const B *)o.up + column * o.up_stride : nullptr;
-  double g = o.bias ? (double)to_float(((const B *)o.bias)[column]) : 0;
-  double v = o.bias_up ? (double)to_float(((const B *)o.bias_up)[column]) : 0;
+  const T *x = (const T *)o.rows + row * o.rows_stride, *w = (const T *)o.weights + column * o.weights_stride;
+  const T *u = gated ? (const T *)o.up + column * o.up_stride : nullptr;
+  double g = o.bias ? (double)to_float(((const T *)o.bias)[column]) : 0;
+  double v = o.bias_up ? (double)to_float(((const T *)o.bias_up)[column]) : 0;
   for (int k = 0; k < o.depth; ++k) {
     g += (double)to_float(x[k]) * to_float(w[k]);
     if (gated)
@@ -106,7 +122,8 @@ __global__ void reference(Operands o, bool gated, Activation activation, bool no
     g = activate(activation, 0.0, g);
   out[i] = gated ? g * v : g;
 }
-__global__ void compare(const B *out, long long stride, const double *reference, int tokens, int columns, double *sums) {
+template <typename T>
+__global__ void compare(const T *out, long long stride, const double *reference, int tokens, int columns, double *sums) {
   double difference = 0, norm = 0, bad = 0;
   for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < (long long)tokens * columns;
        i += (long long)gridDim.x * blockDim.x) {
@@ -122,31 +139,38 @@ __global__ void compare(const B *out, long long stride, const double *reference,
   atomicAdd(sums + 2, bad);
 }
 
-double error_of(const Operands &o, bool gated, Activation activation, bool none) {
+template <typename T> double error_of(const Operands &o, bool gated, Activation activation, bool none) {
   double *r, *sums, h[3];
   const long long n = (long long)o.tokens * o.columns;
   CUDA_OK(cudaMalloc(&r, n * 8));
   CUDA_OK(cudaMalloc(&sums, 24));
   CUDA_OK(cudaMemset(sums, 0, 24));
-  reference<<<(n + 255) / 256, 256>>>(o, gated, activation, none, r);
-  compare<<<256, 256>>>((const B *)o.out, o.out_stride, r, o.tokens, o.columns, sums);
+  reference<T><<<(n + 255) / 256, 256>>>(o, gated, activation, none, r);
+  compare<<<256, 256>>>((const T *)o.out, o.out_stride, r, o.tokens, o.columns, sums);
   CUDA_OK(cudaMemcpy(h, sums, 24, cudaMemcpyDeviceToHost));
   cudaFree(r);
   cudaFree(sums);
   return h[2] > 0 ? INFINITY : std::sqrt(h[0] / h[1]);
 }
 
-int check(bool quick) {
+// Room for the sums that any tiles hand over.
+void *meeting_for(int tokens, int columns) {
+  void *p;
+  CUDA_OK(cudaMalloc(&p, 4 * MEETINGS + 4ll * (tokens + 512) * (columns + 512)));
+  return p;
+}
+
+template <typename T> int check(bool quick) {
   int failures = 0, cases = 0;
   double worst = 0;
   const struct {
     int tokens, depth, columns, pad;
   } sizes[] = {{70, 72, 200, 0}, {129, 576, 520, 8},   {300, 1024, 1536, 0},
-               {1, 64, 8, 0},    {515, 1544, 1000, 0}, {2100, 576, 4104, 0}};
+               {1, 64, 8, 0},    {515, 1544, 1000, 0}, {2100, 576, 4104, 0}, {130, 8200, 264, 0}};
   const Activation activations[] = {Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu,
                                     Activation::QuickGelu};
-  for (const Variant &v : VARIANTS) {
-    for (int s = 0; s < (quick ? 2 : 6); ++s) {
+  for (const Variant &v : all_variants<T>()) {
+    for (int s = 0; s < (quick ? 2 : 7); ++s) {
       const auto &size = sizes[s];
       const Activation activation = activations[(s + cases) % 5];
       Operands o = {};
@@ -154,43 +178,90 @@ int check(bool quick) {
       o.depth = size.depth;
       o.columns = size.columns;
       o.rows_stride = o.weights_stride = o.up_stride = size.depth + size.pad;
-      o.out_stride = size.columns + (s == 2 ? 4 : 0);
-      o.dtype = FUSED_MLP_BF16;
+      o.out_stride = size.columns + (s == 2 ? 8 : 0);
+      o.dtype = DTYPE<T>;
       const bool none = !v.gated && s % 2 == 1;
       if (!finish_of(activation, &o.finish, &o.slope))
         return 1;
       if (none)
         o.finish = Finish::None;
       const float scale = 1.f / std::sqrt(float(size.depth));
-      o.rows = normal(o.tokens * o.rows_stride, 1.f);
-      o.weights = normal(o.columns * o.weights_stride, scale);
-      o.up = v.gated ? normal(o.columns * o.up_stride, scale) : nullptr;
-      o.bias = s % 3 != 1 ? normal(o.columns, 0.5f) : nullptr;
-      o.bias_up = v.gated && s % 2 == 0 ? normal(o.columns, 0.5f) : nullptr;
-      const size_t bytes = o.tokens * o.out_stride * 2;
+      o.rows = normal<T>(o.tokens * o.rows_stride, 1.f);
+      o.weights = normal<T>(o.columns * o.weights_stride, scale);
+      o.up = v.gated ? normal<T>(o.columns * o.up_stride, scale) : nullptr;
+      o.bias = s % 3 != 1 ? normal<T>(o.columns, 0.5f) : nullptr;
+      o.bias_up = v.gated && s % 2 == 0 ? normal<T>(o.columns, 0.5f) : nullptr;
+      const size_t bytes = o.tokens * o.out_stride * sizeof(T);
       std::vector<char> first(bytes), second(bytes);
       CUDA_OK(cudaMalloc(&o.out, bytes));
+      void *const meeting = meeting_for(o.tokens, o.columns);
       for (int run = 0; run < 2; ++run) {
         o.weights_early = run;
         CUDA_OK(cudaMemset(o.out, 0xff, bytes));
+        CUDA_OK(cudaMemset(meeting, 0, 4 * MEETINGS));
+        o.meeting = meeting;
         CUDA_OK(v.enqueue(o, 0));
         CUDA_OK(cudaMemcpy((run ? second : first).data(), o.out, bytes, cudaMemcpyDeviceToHost));
       }
-      const double error = error_of(o, v.gated, activation, none);
+      const double error = error_of<T>(o, v.gated, activation, none);
       const bool same = first == second;
       ++cases;
       worst = std::max(worst, error);
-      if (error > 4e-3 || !same) {
+      if (error > (IS_F32<T> ? 2e-6 : 4e-3) || !same) {
         ++failures;
         std::printf("FAILED %s %dx%dx%d activation %d: error %g, %s\n", name_of(v).c_str(), o.tokens, o.depth, o.columns,
                     int(activation), error, same ? "same bits" : "bits differ");
       }
-      for (const void *p : {o.rows, o.weights, o.up, o.bias, o.bias_up, (const void *)o.out})
+      for (const void *p : {o.rows, o.weights, o.up, o.bias, o.bias_up, (const void *)o.out, (const void *)meeting})
         cudaFree(const_cast<void *>(p));
     }
   }
-  std::printf("check: %d cases, %d failures, largest error %.2e\n", cases, failures, worst);
+  std::printf("check %s: %d cases, %d failures, largest error %.2e\n", IS_F32<T> ? "f32" : "bf16", cases, failures, worst);
   return failures != 0;
+}
+
+// A product in f32 beside SGEMM: both errors against f64, over the norm of the result.
+int accuracy() {
+  cublasHandle_t blas;
+  CUDA_OK(cublasCreate(&blas));
+  const Variant v = [] {
+    for (const Variant &v : all_variants<float>())
+      if (!v.gated && v.weights == 128)
+        return v;
+    std::exit(1);
+  }();
+  const struct {
+    const char *name;
+    Kind rows, weights;
+  } inputs[] = {{"normal", Kind::Normal, Kind::Normal},
+                {"positive", Kind::Positive, Kind::Positive},
+                {"2^-20 to 2^20", Kind::Scaled, Kind::Scaled},
+                {"rows 2^-20 to 2^20", Kind::Scaled, Kind::Normal},
+                {"rows + 1000", Kind::Offset, Kind::Normal}};
+  for (const auto &input : inputs)
+    for (int depth : {64, 384, 768, 4096, 14336}) {
+      Operands o = {};
+      o.tokens = 512;
+      o.columns = 512;
+      o.depth = depth;
+      o.rows_stride = o.weights_stride = depth;
+      o.out_stride = o.columns;
+      o.dtype = FUSED_MLP_F32;
+      o.finish = Finish::None;
+      o.rows = normal<float>(o.tokens * o.rows_stride, 1.f, input.rows);
+      o.weights = normal<float>(o.columns * o.weights_stride, 1.f, input.weights);
+      CUDA_OK(cudaMalloc(&o.out, o.tokens * o.out_stride * 4));
+      CUDA_OK(v.enqueue(o, 0));
+      const double own = error_of<float>(o, false, Activation::Relu, true);
+      const float one = 1, zero = 0;
+      CUDA_OK(cublasSgemm(blas, CUBLAS_OP_T, CUBLAS_OP_N, o.columns, o.tokens, depth, &one, (const float *)o.weights, depth,
+                          (const float *)o.rows, depth, &zero, (float *)o.out, o.columns));
+      const double sgemm = error_of<float>(o, false, Activation::Relu, true);
+      std::printf("accuracy %-20s depth %5d: own %.2e SGEMM %.2e ratio %.2f\n", input.name, depth, own, sgemm, own / sgemm);
+      for (const void *p : {o.rows, o.weights, (const void *)o.out})
+        cudaFree(const_cast<void *>(p));
+    }
+  return 0;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -257,7 +328,7 @@ struct Candidate {
   }
 };
 
-void time_all(std::vector<Candidate> &all, float window_us, int turns) {
+void time_all(std::vector<Candidate> &all, float window_us, int turns, int rest_us = 0) {
   std::vector<int> launches(all.size());
   std::vector<Graph> graphs;
   for (size_t i = 0; i < all.size(); ++i) {
@@ -268,8 +339,10 @@ void time_all(std::vector<Candidate> &all, float window_us, int turns) {
     graphs.emplace_back(launches[i], all[i].launch);
   }
   for (int turn = 0; turn < turns; ++turn)
-    for (size_t i = 0; i < all.size(); ++i)
+    for (size_t i = 0; i < all.size(); ++i) {
+      usleep(rest_us);
       all[i].times.push_back(elapsed_of(graphs[i]) / launches[i]);
+    }
 }
 
 std::function<void(int)> launch_of(const std::vector<Candidate> &list, const std::string &name) {
@@ -277,9 +350,13 @@ std::function<void(int)> launch_of(const std::vector<Candidate> &list, const std
 }
 
 // Between tables: the clock is as it was again.
-constexpr int pause_us = 100000;
+constexpr int pause_us = 60000;
 
-void sweep(const char *filter, const std::vector<int> &token_counts, float window_us) {
+template <typename T>
+void sweep(const char *filter, const std::vector<int> &token_counts, float window_us, bool all_tiles) {
+  constexpr int ELEMENT = sizeof(T);
+  constexpr double RATE = IS_F32<T> ? 50e6 : 781.6e6; // operations a microsecond, of the floors
+  const std::vector<Variant> variants = all_variants<T>();
   cublasHandle_t blas;
   CUDA_OK(cublasCreate(&blas));
   CUDA_OK(cublasSetStream(blas, Graph::stream()));
@@ -290,23 +367,26 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
     if (filter && !std::strstr(shape.name, filter))
       continue;
     const long long h = shape.hidden, n = shape.intermediate, weights = (shape.gated ? 3 : 2) * h * n;
-    const int layers = int(200000000 / (weights * 2)) + 1 > 2 ? int(200000000 / (weights * 2)) + 1 : 2;
+    const int layers = int(200000000 / (weights * ELEMENT)) + 1 > 2 ? int(200000000 / (weights * ELEMENT)) + 1 : 2;
     int most = 0;
     for (int t : token_counts)
       most = std::max(most, t);
-    std::vector<B *> gate, up, down;
+    std::vector<T *> gate, up, down;
     for (int l = 0; l < layers; ++l) {
-      gate.push_back(normal(h * n, 1.f / std::sqrt(float(h))));
-      up.push_back(shape.gated ? normal(h * n, 1.f / std::sqrt(float(h))) : nullptr);
-      down.push_back(normal(h * n, 1.f / std::sqrt(float(n))));
+      gate.push_back(normal<T>(h * n, 1.f / std::sqrt(float(h))));
+      up.push_back(shape.gated ? normal<T>(h * n, 1.f / std::sqrt(float(h))) : nullptr);
+      down.push_back(normal<T>(h * n, 1.f / std::sqrt(float(n))));
     }
-    B *x = normal(most * h, 1.f), *hidden = normal(most * n, 0.5f), *hidden2 = normal(most * n, 0.5f),
-      *out = normal(most * h, 1.f), *bias_n = normal(n, 0.5f), *bias_h = normal(h, 0.5f);
+    T *x = normal<T>(most * h, 1.f), *hidden = normal<T>(most * n, 0.5f), *hidden2 = normal<T>(most * n, 0.5f),
+      *out = normal<T>(most * h, 1.f), *bias_n = normal<T>(n, 0.5f), *bias_h = normal<T>(h, 0.5f);
+    void *const meeting = meeting_for(most, h), *workspace;
+    CUDA_OK(cudaMalloc(&workspace, most * n * ELEMENT + 4 * MEETINGS + 4ll * (most + 512) * (h + 512)));
+    CUDA_OK(cudaMemset(meeting, 0, 4 * MEETINGS));
     CUDA_OK(cudaDeviceSynchronize());
     for (int tokens : token_counts) {
       const double flops1 = 2.0 * tokens * h * n * (shape.gated ? 2 : 1), flops2 = 2.0 * tokens * h * n;
-      const double floor1 = std::max(flops1 / 781.6e6, h * n * 2.0 * (shape.gated ? 2 : 1) / 3.08e6);
-      const double floor2 = std::max(flops2 / 781.6e6, h * n * 2.0 / 3.08e6);
+      const double floor1 = std::max(flops1 / RATE, h * n * double(ELEMENT) * (shape.gated ? 2 : 1) / 3.08e6);
+      const double floor2 = std::max(flops2 / RATE, h * n * double(ELEMENT) / 3.08e6);
       const auto operands = [&](bool first, int i) {
         Operands o = {};
         const int l = i % layers;
@@ -320,16 +400,18 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
         o.tokens = tokens;
         o.depth = first ? h : n;
         o.columns = first ? n : h;
-        o.dtype = FUSED_MLP_BF16;
+        o.dtype = DTYPE<T>;
         o.finish = !first ? Finish::None : shape.gated ? Finish::Swish : Finish::Gelu;
         o.slope = 1.f;
         o.weights_early = !first;
+        (first ? o.clear : o.meeting) = meeting;
         return o;
       };
-      const auto blas_product = [&](const B *w, const B *rows, B *to, int columns, int depth) {
+      const auto blas_product = [&](const T *w, const T *rows, T *to, int columns, int depth) {
+        constexpr cudaDataType TYPE = IS_F32<T> ? CUDA_R_32F : CUDA_R_16BF;
         const float one = 1, zero = 0;
-        CUDA_OK(cublasGemmEx(blas, CUBLAS_OP_T, CUBLAS_OP_N, columns, tokens, depth, &one, w, CUDA_R_16BF, depth, rows,
-                             CUDA_R_16BF, depth, &zero, to, CUDA_R_16BF, columns, CUBLAS_COMPUTE_32F,
+        CUDA_OK(cublasGemmEx(blas, CUBLAS_OP_T, CUBLAS_OP_N, columns, tokens, depth, &one, w, TYPE, depth, rows,
+                             TYPE, depth, &zero, to, TYPE, columns, CUBLAS_COMPUTE_32F,
                              CUBLAS_GEMM_DEFAULT));
       };
       const auto elementwise = [&](int) {
@@ -340,16 +422,20 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
         a.hidden = hidden;
         a.rows = tokens;
         a.cols = n;
-        a.dtype = FUSED_MLP_BF16;
+        a.dtype = DTYPE<T>;
         a.activation = int(shape.gated ? Activation::Silu : Activation::Gelu);
         CUDA_OK(fused_mlp_hidden(&a, Graph::stream()));
       };
       std::vector<Candidate> firsts, seconds, blas_parts;
-      for (const Variant &v : VARIANTS) {
-        if (v.split > 1 && tokens > 512)
+      for (const Variant &v : variants) {
+        if (!all_tiles)
+          break;
+        if ((v.split > 1 || v.links > 1) && tokens > 512)
           continue;
         if (v.gated == !!shape.gated)
           firsts.push_back({name_of(v), [&](int i) { CUDA_OK(v.enqueue(operands(true, i), Graph::stream())); }, {}});
+        if (v.links > 1 && shape.gated == false && firsts.size() > 0 && firsts.back().name == name_of(v))
+          firsts.pop_back();
         if (!v.gated)
           seconds.push_back({name_of(v), [&](int i) { CUDA_OK(v.enqueue(operands(false, i), Graph::stream())); }, {}});
       }
@@ -382,11 +468,16 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
         best(pairs);
         return pairs;
       };
-      std::vector<Candidate> with_second = beside(firsts, seconds[0].launch, false);
-      std::vector<Candidate> with_first = beside(seconds, launch_of(firsts, with_second[0].name), true);
+      std::vector<Candidate> with_second, with_first;
+      if (all_tiles) {
+        with_second = beside(firsts, seconds[0].launch, false);
+        with_first = beside(seconds, launch_of(firsts, with_second[0].name), true);
+      }
       // Both together, by turns with cuBLAS and one elementwise launch.
+      const uint64_t workspace_bytes = most * n * ELEMENT + 4 * MEETINGS + 4ll * (most + 512) * (h + 512);
       std::vector<Candidate> whole;
-      whole.push_back({"both: " + with_second[0].name + " + " + with_first[0].name,
+      if (all_tiles)
+        whole.push_back({"both: " + with_second[0].name + " + " + with_first[0].name,
                        [one = launch_of(firsts, with_second[0].name), two = launch_of(seconds, with_first[0].name)](int i) {
                          one(i);
                          two(i);
@@ -403,14 +494,15 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
                          a.bias_gate = first.bias;
                          a.bias_down = second.bias;
                          a.out = out;
-                         a.workspace = hidden;
-                         a.workspace_bytes = tokens * n * 2;
+                         a.workspace = workspace;
+                         a.workspace_bytes = workspace_bytes;
                          a.x_stride = a.gate_stride = a.up_stride = h;
                          a.down_stride = n;
                          a.tokens = tokens;
                          a.hidden_size = a.output_size = int(h);
                          a.intermediate_size = int(n);
                          a.gated = shape.gated;
+                         a.dtype = DTYPE<T>;
                          a.activation = int(shape.gated ? Activation::Silu : Activation::Gelu);
                          CUDA_OK(fused_mlp_gemm(&a, Graph::stream()));
                        },
@@ -423,10 +515,16 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
                          elementwise(0);
                          blas_product(down[i % layers], hidden, out, h, n);
                          if (!shape.gated)
-                           CUDA_OK(fused_mlp_add_bias(out, bias_h, tokens, h, FUSED_MLP_BF16, Graph::stream()));
+                           CUDA_OK(fused_mlp_add_bias(out, bias_h, tokens, h, DTYPE<T>, Graph::stream()));
                        },
                        {}});
       time_all(whole, 4 * window_us, 3);
+      std::vector<Candidate> rested;
+      if (!all_tiles) {
+        for (const Candidate &c : whole)
+          rested.push_back({c.name + ", rested", c.launch, {}});
+        time_all(rested, 2500, 3, pause_us);
+      }
       std::printf("== %s, %d tokens: floors %.1f + %.1f = %.1f us\n", shape.name, tokens, floor1, floor2,
                   floor1 + floor2);
       for (auto &c : blas_parts)
@@ -437,6 +535,12 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
       for (size_t i = 0; i < seconds.size() && i < 5; ++i)
         std::printf("  2: %8.1f  %5.1f TF  %s\n", seconds[i].median(), flops2 / seconds[i].median() * 1e-6,
                     seconds[i].name.c_str());
+      for (size_t i = 0; i < with_second.size() && i < 4; ++i)
+        std::printf(" 1+: %8.1f  %s\n", with_second[i].median(), with_second[i].name.c_str());
+      for (size_t i = 0; i < with_first.size() && i < 4; ++i)
+        std::printf(" +2: %8.1f  %s\n", with_first[i].median(), with_first[i].name.c_str());
+      for (auto &c : rested)
+        whole.push_back(c);
       for (auto &c : whole)
         std::printf("  =  %8.1f  %s\n", c.median(), c.name.c_str());
       std::fflush(stdout);
@@ -451,9 +555,11 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
       record("+2", with_first);
     }
     for (auto *list : {&gate, &up, &down})
-      for (B *p : *list)
+      for (T *p : *list)
         cudaFree(p);
-    for (B *p : {x, hidden, hidden2, out, bias_n, bias_h})
+    cudaFree(meeting);
+    cudaFree(workspace);
+    for (T *p : {x, hidden, hidden2, out, bias_n, bias_h})
       cudaFree(p);
   }
 }
@@ -465,14 +571,17 @@ int main(int argc, char **argv) {
   using namespace fused_mlp;
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "check")
-    return check(argc > 2);
-  if (mode == "sweep") {
+    return check<B>(argc > 2) + check<float>(argc > 2);
+  if (mode == "accuracy")
+    return accuracy();
+  if ((mode == "sweep" || mode == "chosen") && argc > 4) {
     std::vector<int> tokens;
-    for (int i = 4; i < argc; ++i)
+    for (int i = 5; i < argc; ++i)
       tokens.push_back(std::atoi(argv[i]));
-    sweep(argc > 2 && std::strcmp(argv[2], "all") ? argv[2] : nullptr, tokens, argc > 3 ? std::atof(argv[3]) : 2000.f);
+    const char *const filter = std::strcmp(argv[3], "all") ? argv[3] : nullptr;
+    (std::strcmp(argv[2], "f32") ? sweep<B> : sweep<float>)(filter, tokens, std::atof(argv[4]), mode == "sweep");
     return 0;
   }
-  std::printf("usage: gemm check [quick] | sweep SHAPE|all WINDOW_US TOKENS...\n");
+  std::printf("usage: gemm check [quick] | accuracy | sweep|chosen bf16|f32 SHAPE|all WINDOW_US TOKENS...\n");
   return 2;
 }

@@ -65,6 +65,7 @@ extern "C" {
     fn fused_mlp_decode_path(args: *const DecodeArgs, path: *mut c_int) -> c_int;
     fn fused_mlp_decode(args: *const DecodeArgs, stream: *mut c_void) -> c_int;
     fn fused_mlp_gemm_takes(args: *const DecodeArgs, takes: *mut c_int) -> c_int;
+    fn fused_mlp_gemm_workspace_bytes(args: *const DecodeArgs, bytes: *mut u64) -> c_int;
     fn fused_mlp_gemm(args: *const DecodeArgs, stream: *mut c_void) -> c_int;
     fn fused_mlp_hidden(args: *const HiddenArgs, stream: *mut c_void) -> c_int;
     fn fused_mlp_hidden_gradients(args: *const HiddenArgs, stream: *mut c_void) -> c_int;
@@ -124,7 +125,19 @@ pub(super) fn gemm_takes(op: &str, args: &DecodeArgs, stream: &CudaStream) -> Re
     Ok(takes != 0)
 }
 
-/// Enqueues an MLP for many tokens; the workspace is for the hidden rows.
+/// Bytes of workspace with which [`gemm`] is fastest, a multiple of an element's.
+///
+/// # Errors
+/// A device whose properties cannot be asked for.
+pub(super) fn gemm_workspace_bytes(op: &str, args: &DecodeArgs, stream: &CudaStream) -> Result<u64> {
+    let mut bytes = 0;
+    bind(op, stream)?;
+    // SAFETY: reads the struct and attributes of the thread's device.
+    checked(op, unsafe { fused_mlp_gemm_workspace_bytes(args, &mut bytes) })?;
+    Ok(bytes)
+}
+
+/// Enqueues an MLP for many tokens; the workspace is for the hidden rows and for sums of parts of a depth.
 ///
 /// # Safety
 /// As for [`decode`].

@@ -44,7 +44,8 @@ pub enum Kernel {
     /// Both layers in one launch, for any GPU, alignment and dtype.
     DecodePortable,
     /// A launch for each layer, the second one beginning while the first one ends, on Hopper's tensor cores (sm_90); for
-    /// bf16 and f16 where all rows lie on 16 bytes, with SiLU, GELU (both), quick GELU or ReLU.
+    /// bf16, f16 and f32 where all rows lie on 16 bytes, with SiLU, GELU (both), quick GELU or ReLU. In f32 each product is
+    /// three of parts of 11 bits, as accurate as f32's own.
     Gemm,
     /// candle's products, and one launch for all that is between them.
     Matmul,
@@ -132,6 +133,7 @@ struct Facts {
     /// Whether [`Kernel::Gemm`] takes it.
     gemm: bool,
     dtype: DType,
+    gated: bool,
     tokens: usize,
     /// Elements of all weights.
     weights: usize,
@@ -140,7 +142,7 @@ struct Facts {
 /// Which kernel runs where weights' rows are contiguous: the one place where that is decided, by what was measured
 /// (`PERFORMANCE.md`). Other weights go to [`Kernel::Matmul`].
 fn choose(facts: &Facts) -> Kernel {
-    let &Facts { path, gemm, dtype, tokens, weights } = facts;
+    let &Facts { path, gemm, dtype, gated, tokens, weights } = facts;
     if weights == 0 {
         // candle's product has no rule for sums of nothing.
         return Kernel::DecodePortable;
@@ -150,7 +152,7 @@ fn choose(facts: &Facts) -> Kernel {
     }
     const MILLION: usize = 1_000_000;
     let most_tokens = match (dtype, weights / MILLION) {
-        (DType::F32, 0..4) => 64,
+        (DType::F32, 0..4) if !gemm => 64,
         (DType::F32, 96..) if tokens == 1 => 0,
         (DType::F32, _) => 16,
         (_, 0..8) => 64,
@@ -159,12 +161,17 @@ fn choose(facts: &Facts) -> Kernel {
         (_, 96..256) => 2,
         (_, 256..) => 1,
     };
-    // Tiles have 128 rows and share their weights by twos: here a good part of the last two would be empty.
-    let empty_tiles = match tokens {
-        129..=160 => weights >= 8 * MILLION,
-        161..=192 => (8..64).contains(&(weights / MILLION)),
-        257..=384 => weights >= 8 * MILLION,
-        513..=576 => weights >= 64 * MILLION,
+    // Where good parts of the last tiles would be empty, or the products are square and their tiles few.
+    let wide = weights / MILLION;
+    let matmul_is_faster = match (dtype, tokens) {
+        (DType::F32, 0..=16) => true,
+        (DType::F32, 17..=48) => (8..96).contains(&wide),
+        (DType::F32, 49..=64) => (8..40).contains(&wide),
+        (DType::F32, _) => false,
+        (_, 129..=512) if !gated && wide >= 24 => true,
+        (_, 129..=160) => wide >= 256,
+        (_, 257..=384) => wide >= 96,
+        (_, 513..=576) => wide >= 64,
         _ => false,
     };
     match path {
@@ -172,7 +179,7 @@ fn choose(facts: &Facts) -> Kernel {
         ffi::PATH_HOPPER if tokens <= 64 => Kernel::DecodeHopper,
         ffi::PATH_DIRECT_DEPENDENT if tokens <= most_tokens => Kernel::DecodeDependent,
         ffi::PATH_DIRECT if tokens <= most_tokens => Kernel::Decode,
-        _ if gemm && !empty_tiles => Kernel::Gemm,
+        _ if gemm && !matmul_is_faster => Kernel::Gemm,
         _ => Kernel::Matmul,
     }
 }
@@ -216,7 +223,7 @@ fn chosen(op: &str, args: &ffi::DecodeArgs, dtype: DType, stream: &CudaStream) -
         _ => intermediate_size.saturating_mul(projections * hidden_size + out_features),
     };
     let gemm = ffi::gemm_takes(op, args, stream)?;
-    Ok(choose(&Facts { path, gemm, dtype, tokens: args.tokens as usize, weights }))
+    Ok(choose(&Facts { path, gemm, dtype, gated: args.gated != 0, tokens: args.tokens as usize, weights }))
 }
 
 /// The kernel that [`forward`] takes on a GPU where x and all weights are contiguous and lie on 16 bytes, or where the
@@ -361,9 +368,9 @@ fn forward_of<E: Element>(problem: &Problem, tokens: usize) -> Result<CudaStorag
         };
         let kernel = chosen(op, &args, xs.view().0.dtype(), &stream)?;
         if kernel == Kernel::Gemm {
-            let mut hidden = allocate::<E>(device, tokens * intermediate_size)?;
+            let workspace_bytes = ffi::gemm_workspace_bytes(op, &args, &stream)?;
+            let mut hidden = allocate::<E>(device, workspace_bytes as usize / size_of::<E>())?;
             let mut out = allocate::<E>(device, tokens * out_features)?;
-            let workspace_bytes = (hidden.len() * size_of::<E>()) as u64;
             let (workspace, hidden_guard) = hidden.device_ptr_mut(&stream);
             let (at, guard) = out.device_ptr_mut(&stream);
             let args = ffi::DecodeArgs { out: at, workspace, workspace_bytes, ..args };
