@@ -1,7 +1,7 @@
 // The whole MLP for 1 to 64 tokens in one launch on Hopper: a ring of tensor copies feeds warpgroup products.
 //
 // One block per multiprocessor. One thread, the producer, keeps a ring of stages in shared memory full; two warpgroups,
-// the consumers, multiply what has come. A stage is some chunks of 64 elements (128 bytes) of depth: of each, the block's
+// the consumers, multiply what has come. A stage is some chunks of 128 bytes of depth: of each, the block's
 // weight rows and the tokens' rows. A copy brings eight weight rows of a stage's chunks: neighbours in memory are asked
 // for together, which memory rewards.
 //
@@ -15,6 +15,11 @@
 // token's column is computed alike whatever is beside it. So a row has the same bits in any company, and on any run
 // (decode_hopper.cuh says how sums are cut).
 //
+// f32 is multiplied on the same tensor cores, which take 11 bits of a fraction: each number is the sum of a high part of so many
+// bits and a low one, and a product is low high + high low + high high; low low, 2^-22 of it, is left out. Tensor cores cut
+// off bits where they add, so each chunk's sums start from zero, small terms first, and are added in f32. Weights are parted
+// in registers, tokens in shared memory, beside what the copy brought.
+//
 // No deadlock, whatever is resident: a block waits for the hidden rows only. Slice b of the first layer belongs to
 // whoever claims it with an atomic, normally block b, whose first copies are under way meanwhile. A block whose wait is
 // longer than its own share took empties its ring and computes slices that nobody has claimed. So each slice is either
@@ -27,6 +32,7 @@
 // launches of one stream form a chain. A block says that the next launch may be scheduled right after its own wait: by
 // the time that all blocks have said so, all are resident.
 #include "decode_hopper.cuh"
+#include <type_traits>
 
 namespace fused_mlp {
 namespace {
@@ -73,6 +79,9 @@ struct Maps {
   CUtensorMap x, gate, up, hidden, down;
 };
 
+// The places that a stage has for its tokens: as they are, and in f32 for their low parts.
+template <typename T> __host__ __device__ constexpr int token_places() { return std::is_same_v<T, float> ? 2 : 1; }
+
 #ifdef FUSED_MLP_HOPPER
 
 __device__ __forceinline__ int part_begin(const LayerPlan &plan, int part) {
@@ -116,6 +125,61 @@ struct Ring {
   __device__ __forceinline__ unsigned at() const { return memory + slot * slot_bytes; }
 };
 
+// What the tensor cores take of a number, and the nearest such number to the rest of it.
+__device__ __forceinline__ float high_part(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+__device__ __forceinline__ unsigned low_part(float v) {
+  unsigned low;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(low) : "f"(v - high_part(v)));
+  return low;
+}
+__device__ __forceinline__ void store_low_parts(unsigned to, unsigned from) {
+  const uint4 v = load_shared_16(from);
+  auto low = [](unsigned bits) { return low_part(__uint_as_float(bits)); };
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(low(v.x)), "r"(low(v.y)), "r"(low(v.z)),
+               "r"(low(v.w))
+               : "memory");
+}
+
+// `multiply` of a chunk of f32: the chunk's sums, added to `sums`.
+template <int NT>
+__device__ __forceinline__ void multiply_f32(float (&sums)[NT / 2], unsigned weights, unsigned group_bytes, unsigned tokens,
+                                             unsigned low_tokens, bool accumulate) {
+  constexpr int STEPS = 4; // of eight elements of depth
+  const int warp = threadIdx.x >> 5 & 3, row = threadIdx.x >> 2 & 7, column = threadIdx.x & 3;
+  unsigned high[STEPS][4], low[STEPS][4];
+#pragma unroll
+  for (int k = 0; k < STEPS; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float v;
+      const unsigned piece = (2 * k + (i >> 1)) ^ row;
+      asm volatile("ld.shared.f32 %0, [%1];"
+                   : "=f"(v)
+                   : "r"(weights + (2 * warp + (i & 1)) * group_bytes + row * SWIZZLE_BYTES + piece * 16 + column * 4)
+                   : "memory");
+      high[k][i] = __float_as_uint(high_part(v));
+      low[k][i] = low_part(v);
+    }
+  const unsigned long long b = tile_descriptor(tokens, CHUNK_GROUP), low_b = tile_descriptor(low_tokens, CHUNK_GROUP);
+  float part[NT / 2];
+  products_begin();
+#pragma unroll
+  for (int k = 0; k < STEPS; ++k)
+    WarpgroupProductTf32<NT>::add(part, low[k], b + 2 * k, k > 0);
+#pragma unroll
+  for (int k = 0; k < STEPS; ++k)
+    WarpgroupProductTf32<NT>::add(part, high[k], low_b + 2 * k, 1);
+#pragma unroll
+  for (int k = 0; k < STEPS; ++k)
+    WarpgroupProductTf32<NT>::add(part, high[k], b + 2 * k, 1);
+  products_commit();
+  products_wait<0>();
+  pin(part);
+#pragma unroll
+  for (int i = 0; i < NT / 2; ++i)
+    sums[i] = accumulate ? sums[i] + part[i] : part[i];
+}
+
 // Asks for the weights of one stage, `groups` groups from `row` on: gate rows, then up rows.
 __device__ __forceinline__ void copy_weights(const Ring &ring, unsigned to, const LayerPlan &layer, const CUtensorMap *map,
                                              int row, int groups, int chunk, unsigned long long policy) {
@@ -123,7 +187,7 @@ __device__ __forceinline__ void copy_weights(const Ring &ring, unsigned to, cons
     copy_chunks(to + g * layer.group_distance, map, row + g * GROUP, chunk, ring.barrier(), policy);
 }
 
-template <int NT>
+template <typename T, int NT>
 __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &plan, const Maps &maps, Stage *stages,
                                         Ring ring) {
   const LayerPlan &first = plan.first;
@@ -131,8 +195,10 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
   const unsigned long long weights_policy = evict_first_policy(), tokens_policy = evict_last_policy();
   const int set = blockIdx.x / plan.parts, part = blockIdx.x - set * plan.parts;
   const bool has_rows = set < plan.sets;
+  // What a copy brings of the tokens; the place that they have is for their low parts too.
   const int first_token_bytes = first.stage_chunks * NT * SWIZZLE_BYTES;
   const int second_token_bytes = second.stage_chunks * NT * SWIZZLE_BYTES;
+  constexpr int PLACES = token_places<T>();
 
   // Asks for the passes over groups [group, end) of the first layer.
   auto produce_first = [&](int group, int end, bool deliver) {
@@ -151,7 +217,7 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
         const int matrices = shape.gated ? 2 : 1;
         barrier_arrive_expect(ring.barrier(), first_token_bytes + matrices * groups * first.group_distance);
         copy_chunks(ring.at(), &maps.x, 0, chunk, ring.barrier(), tokens_policy);
-        const unsigned to = ring.at() + first_token_bytes;
+        const unsigned to = ring.at() + PLACES * first_token_bytes;
         copy_weights(ring, to, first, &maps.gate, group * GROUP, groups, chunk, weights_policy);
         if (shape.gated)
           copy_weights(ring, to + groups * first.group_distance, first, &maps.up, group * GROUP, groups, chunk,
@@ -197,7 +263,7 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
   auto ask_weights = [&](const Cursor &at) {
     ring.wait_until_empty();
     barrier_expect(ring.barrier(), groups_of(at) * second.group_distance);
-    copy_weights(ring, ring.at() + second_token_bytes, second, &maps.down, at.group * GROUP, groups_of(at), chunk_of(at),
+    copy_weights(ring, ring.at() + PLACES * second_token_bytes, second, &maps.down, at.group * GROUP, groups_of(at), chunk_of(at),
                  weights_policy);
   };
   auto ask_tokens = [&](const Cursor &at) {
@@ -277,6 +343,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                          const __grid_constant__ Maps maps) {
 #ifdef FUSED_MLP_HOPPER
   constexpr int SUMS = NT / 2;
+  constexpr bool IS_F32 = std::is_same_v<T, float>;
   extern __shared__ __align__(SWIZZLE_ALIGN) unsigned char shared[];
   __shared__ Stage stages[MAX_SLOTS];
   __shared__ __align__(8) unsigned long long full_barriers[MAX_SLOTS], empty_barriers[MAX_SLOTS];
@@ -297,7 +364,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   if (warp == CONSUMERS / 32) {
     // The first round of the ring finds its slots empty.
     if (lane == 0)
-      produce<NT>(shape, plan, maps, stages, {ring, full, empty, plan.slots, plan.slot_bytes, 0, 1});
+      produce<T, NT>(shape, plan, maps, stages, {ring, full, empty, plan.slots, plan.slot_bytes, 0, 1});
     return;
   }
 
@@ -306,7 +373,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int row = (warp & 3) * 16 + (lane >> 2), token = (lane & 3) * 2;
   float *const exchange = reinterpret_cast<float *>(shared + plan.slots * plan.slot_bytes);
   // A gated layer whose rows are not shared keeps four sums: gate and up of even chunks, and of odd ones.
-  constexpr int KEPT = NT > MOST_SHARED_TOKENS ? 4 : 2;
+  constexpr int KEPT = NT > MOST_SHARED_TOKENS && !IS_F32 ? 4 : 2;
   float acc[KEPT][SUMS] = {};
   bool begun[KEPT] = {}; // whether acc holds a sum
   auto sum_of = [&](int which, int i) { return begun[which] ? acc[which][i] : 0.f; };
@@ -356,16 +423,28 @@ __global__ void __launch_bounds__(THREADS, 1)
     // One tile's sums are in acc[0], two tiles' or two parities' in acc[0] and acc[1], two tiles' of two parities in all four.
     const int first_chunk = stage.first_chunk_and_chunks >> 16, chunks = stage.first_chunk_and_chunks & 0xffff;
     const unsigned tokens = ring + slot * plan.slot_bytes,
-                   weights = tokens + layer.stage_chunks * NT * SWIZZLE_BYTES + row_tile / GROUP * layer.group_distance;
+                   low_tokens = tokens + layer.stage_chunks * NT * SWIZZLE_BYTES,
+                   weights = tokens + token_places<T>() * layer.stage_chunks * NT * SWIZZLE_BYTES +
+                             row_tile / GROUP * layer.group_distance;
+    if constexpr (IS_F32) {
+      for (int i = 16 * threadIdx.x; i < chunks * NT * SWIZZLE_BYTES; i += 16 * CONSUMERS)
+        store_low_parts(low_tokens + i, tokens + i);
+      fence_copies();
+      consumers_meet();
+    }
     auto add = [&](float(&sums)[SUMS], int c, int offset, bool &has_begun) {
-      multiply<T, NT>(sums, weights + c * CHUNK_GROUP + offset, layer.group_distance, tokens + c * NT * SWIZZLE_BYTES,
-                      CHUNK_GROUP, has_begun);
+      const unsigned rows = weights + c * CHUNK_GROUP + offset, at = c * NT * SWIZZLE_BYTES;
+      if constexpr (IS_F32)
+        multiply_f32<NT>(sums, rows, layer.group_distance, tokens + at, low_tokens + at, has_begun);
+      else
+        multiply<T, NT>(sums, rows, layer.group_distance, tokens + at, CHUNK_GROUP, has_begun);
       has_begun = true;
     };
     if (is_second || !shape.gated || packed) {
       // Even chunks, odd chunks: one warpgroup each, or one sum each.
       const int mine = (chunks_shared ? first_chunk ^ warpgroup : first_chunk) & 1;
-      products_begin();
+      if constexpr (!IS_F32)
+        products_begin();
       for (int c = mine; c < chunks; c += 2)
         add(acc[0], c, 0, begun[0]);
       if (!chunks_shared)
@@ -373,7 +452,8 @@ __global__ void __launch_bounds__(THREADS, 1)
           add(acc[1], c, 0, begun[1]);
     } else {
       const int up = (end - begin + GROUP - 1) / GROUP * layer.group_distance;
-      products_begin();
+      if constexpr (!IS_F32)
+        products_begin();
       const int mine = (chunks_shared ? first_chunk ^ warpgroup : first_chunk) & 1;
       for (int c = mine; c < chunks; c += 2) {
         add(acc[0], c, 0, begun[0]);
@@ -386,8 +466,10 @@ __global__ void __launch_bounds__(THREADS, 1)
             add(acc[3], c, up, begun[3]);
           }
     }
-    products_commit();
-    products_wait<0>();
+    if constexpr (!IS_F32) {
+      products_commit();
+      products_wait<0>();
+    }
 #pragma unroll
     for (int i = 0; i < KEPT; ++i)
       pin(acc[i]);
@@ -519,8 +601,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 // ---------------------------------------------------------------------------------------------------------------------
 // Launchers
 
-LayerPlan plan_layer(int rows, int parts, int matrices, int depth, int sum_chunks, int token_rows,
-                     int most_pass_groups) {
+LayerPlan plan_layer(int rows, int parts, int matrices, int chunks, int sum_chunks, int token_bytes, int most_pass_groups) {
   LayerPlan plan;
   plan.rows = rows;
   const int groups = divide_up(rows, GROUP), most = divide_up(groups, parts);
@@ -528,9 +609,9 @@ LayerPlan plan_layer(int rows, int parts, int matrices, int depth, int sum_chunk
   plan.remainder = groups % parts;
   plan.passes = divide_up(most, most_pass_groups);
   plan.pass_groups = divide_up(most, plan.passes);
-  plan.chunks = depth / CHUNK;
+  plan.chunks = chunks;
   plan.sum_chunks = sum_chunks;
-  plan.chunk_bytes = token_rows * SWIZZLE_BYTES + matrices * plan.pass_groups * CHUNK_GROUP;
+  plan.chunk_bytes = token_bytes + matrices * plan.pass_groups * CHUNK_GROUP;
   // As many chunks as fit, if a divisor of their number is near; or else stages of one size, as few as can be.
   const int fit = MOST_STAGE_BYTES / plan.chunk_bytes;
   const int most_chunks = fit < 1 ? 1 : fit > MOST_STAGE_CHUNKS ? MOST_STAGE_CHUNKS : fit;
@@ -558,7 +639,9 @@ template <typename T> Kernel kernel_of(int token_rows) {
   }
 }
 Kernel kernel_of(int dtype, int token_rows) {
-  return dtype == FUSED_MLP_BF16 ? kernel_of<__nv_bfloat16>(token_rows) : kernel_of<__half>(token_rows);
+  return dtype == FUSED_MLP_BF16  ? kernel_of<__nv_bfloat16>(token_rows)
+         : dtype == FUSED_MLP_F16 ? kernel_of<__half>(token_rows)
+                                  : kernel_of<float>(token_rows);
 }
 
 int token_rows_of(int tokens) { return tokens <= 8 ? 8 : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64; }
@@ -567,8 +650,9 @@ int dynamic_limit(const DeviceFacts &device) { return device.shared_bytes_per_bl
 
 } // namespace
 
-bool can_decode_hopper(const DeviceFacts &device, int hidden_size, int intermediate_size) {
-  return device.hopper && hidden_size % CHUNK == 0 && intermediate_size % CHUNK == 0;
+bool can_decode_hopper(const DeviceFacts &device, int dtype, int hidden_size, int intermediate_size) {
+  const int chunk = SWIZZLE_BYTES / map_element_bytes(dtype);
+  return device.hopper && hidden_size % chunk == 0 && intermediate_size % chunk == 0;
 }
 
 unsigned long long decode_hopper_partial_elements(int output_size) {
@@ -584,7 +668,7 @@ int prepare_decode_hopper(DeviceFacts &device) {
   device.hopper = attributes.sharedSizeBytes > 0 && tensor_map_encoder();
   if (!device.hopper)
     return FUSED_MLP_OK;
-  for (int dtype = FUSED_MLP_BF16; dtype <= FUSED_MLP_F16; ++dtype)
+  for (int dtype = FUSED_MLP_BF16; dtype <= FUSED_MLP_F32; ++dtype)
     for (int rows = 8; rows <= MAX_TOKENS; rows *= 2) {
       const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel_of(dtype, rows)),
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic_limit(device));
@@ -597,20 +681,22 @@ int prepare_decode_hopper(DeviceFacts &device) {
 int launch_decode_hopper(const Shape &shape, int dtype, const DeviceFacts &device, cudaStream_t stream) {
   const int blocks = decode_blocks(device);
   const int token_rows = token_rows_of(shape.tokens);
+  const bool is_f32 = dtype == FUSED_MLP_F32;
+  const int chunk = SWIZZLE_BYTES / map_element_bytes(dtype);
   HopperPlan plan;
   // Functions of the weights' shape and the GPU alone: they decide the order of the additions.
-  plan.first = plan_layer(shape.intermediate_size, blocks, shape.gated ? 2 : 1, shape.hidden_size,
-                          shape.hidden_size / CHUNK, token_rows,
-                          token_rows > MOST_SHARED_TOKENS ? PASS_GROUPS : TILE_GROUPS);
+  const int token_bytes = (is_f32 ? token_places<float>() : 1) * token_rows * SWIZZLE_BYTES;
+  const int first_chunks = shape.hidden_size / chunk;
+  plan.first = plan_layer(shape.intermediate_size, blocks, shape.gated ? 2 : 1, first_chunks, first_chunks, token_bytes,
+                          token_rows > MOST_SHARED_TOKENS && !is_f32 ? PASS_GROUPS : TILE_GROUPS);
   plan.slices = plan.first.share > 0 ? blocks : plan.first.remainder;
-  const int chunks = shape.intermediate_size / CHUNK;
-  const int part = part_chunks(chunks, depth_parts(blocks, shape.output_size, chunks));
+  const int chunks = shape.intermediate_size / chunk;
+  const int part = part_chunks(chunks, depth_parts(blocks, shape.output_size, shape.intermediate_size));
   plan.parts = divide_up(chunks, part);
   plan.sets = blocks / plan.parts;
   if (plan.sets < 1)
     return FUSED_MLP_UNSUPPORTED;
-  plan.second = plan_layer(shape.output_size, plan.sets, 1, shape.intermediate_size, part, token_rows,
-                           PASS_GROUPS);
+  plan.second = plan_layer(shape.output_size, plan.sets, 1, chunks, part, token_bytes, PASS_GROUPS);
   if (plan.second.share == 0)
     plan.sets = plan.second.remainder;
 
@@ -624,7 +710,8 @@ int launch_decode_hopper(const Shape &shape, int dtype, const DeviceFacts &devic
   if (plan.slots > MAX_SLOTS)
     plan.slots = MAX_SLOTS;
   // A ring that held nearly all of a block's weights would ask for down rows while others still wait for their first ones.
-  const long long block_bytes = 2ll * (shape.gated ? 3 : 2) * shape.hidden_size * shape.intermediate_size / blocks;
+  const long long block_bytes = 1ll * map_element_bytes(dtype) * (shape.gated ? 3 : 2) * shape.hidden_size *
+                                shape.intermediate_size / blocks;
   if (block_bytes < MOST_BLOCK_BYTES_OF_SMALL && plan.slots > MOST_RING_BYTES_OF_SMALL / plan.slot_bytes)
     plan.slots = MOST_RING_BYTES_OF_SMALL / plan.slot_bytes;
   // No more slots than one block has stages: beside a small ring there is room for a block of the next launch.
@@ -638,16 +725,16 @@ int launch_decode_hopper(const Shape &shape, int dtype, const DeviceFacts &devic
   Maps maps;
   const long long x_stride = shape.tokens > 1 ? shape.x_stride : shape.hidden_size;
   const int h = shape.hidden_size, n = shape.intermediate_size;
-  const int first_chunks = plan.first.stage_chunks, second_chunks = plan.second.stage_chunks;
-  int status = chunk_map(&maps.x, {shape.x, shape.tokens, h, x_stride, 0, dtype, token_rows, first_chunks, 1});
+  const int first_box = plan.first.stage_chunks, second_box = plan.second.stage_chunks;
+  int status = chunk_map(&maps.x, {shape.x, shape.tokens, h, x_stride, 0, dtype, token_rows, first_box, 1});
   if (status == FUSED_MLP_OK)
-    status = chunk_map(&maps.gate, {shape.gate, n, h, shape.gate_stride, 0, dtype, GROUP, first_chunks, 1});
+    status = chunk_map(&maps.gate, {shape.gate, n, h, shape.gate_stride, 0, dtype, GROUP, first_box, 1});
   if (status == FUSED_MLP_OK && shape.gated)
-    status = chunk_map(&maps.up, {shape.up, n, h, shape.up_stride, 0, dtype, GROUP, first_chunks, 1});
+    status = chunk_map(&maps.up, {shape.up, n, h, shape.up_stride, 0, dtype, GROUP, first_box, 1});
   if (status == FUSED_MLP_OK)
-    status = chunk_map(&maps.hidden, {shape.hidden, shape.tokens, n, shape.hidden_stride, 0, dtype, token_rows, second_chunks, 1});
+    status = chunk_map(&maps.hidden, {shape.hidden, shape.tokens, n, shape.hidden_stride, 0, dtype, token_rows, second_box, 1});
   if (status == FUSED_MLP_OK)
-    status = chunk_map(&maps.down, {shape.down, shape.output_size, n, shape.down_stride, 0, dtype, GROUP, second_chunks, 1});
+    status = chunk_map(&maps.down, {shape.down, shape.output_size, n, shape.down_stride, 0, dtype, GROUP, second_box, 1});
   if (status != FUSED_MLP_OK)
     return status;
   if (!shape.gated)

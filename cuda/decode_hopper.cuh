@@ -2,7 +2,7 @@
 // the tensor maps of a call.
 //
 // Sums are cut by the weights' shape and the GPU alone, so that both kernels give a row the same bits, whatever is beside
-// it: the first layer's into even and odd chunks of 64 elements of depth, the second layer's into one, two or four parts of
+// it: the first layer's into even and odd chunks of 128 bytes of depth, the second layer's into one, two or four parts of
 // its depth, each of even and odd chunks, added in order.
 #pragma once
 #include "decode_kernels.cuh"
@@ -12,7 +12,7 @@
 namespace fused_mlp {
 
 constexpr int GROUP = 8;                           // rows of one copy
-constexpr int CHUNK = SWIZZLE_BYTES / 2;           // elements of depth
+constexpr int CHUNK = SWIZZLE_BYTES / 2;           // elements of depth, of 16 bits each
 constexpr int CHUNK_GROUP = GROUP * SWIZZLE_BYTES; // bytes of one chunk of one group
 constexpr int MOST_PARTS = 4;                      // of the second layer's depth
 constexpr int MOST_DECODE_BLOCKS = 256;            // no Hopper GPU has more multiprocessors
@@ -21,9 +21,9 @@ __host__ __device__ constexpr int divide_up(int a, int b) { return (a + b - 1) /
 
 // How the second layer's depth is cut: the parts are different blocks', which together have rows for a product's 64, but
 // adding them costs a meeting of these blocks at the end.
-inline int depth_parts(int blocks, int output_size, int chunks) {
+inline int depth_parts(int blocks, int output_size, int depth) {
   const int block_groups = divide_up(divide_up(output_size, GROUP), blocks);
-  return block_groups < 4 ? 4 : chunks <= 64 ? 1 : 2;
+  return block_groups < 4 ? 4 : depth <= 4096 ? 1 : 2;
 }
 // A part, in chunks. Long ones are a multiple of four chunks, to be cut well into stages.
 inline int part_chunks(int chunks, int parts) {

@@ -346,7 +346,7 @@ int slice_map(CUtensorMap *map, const Shape &shape, int dtype, const ResidentPla
 
 bool can_decode_resident(const DeviceFacts &device, const FusedMlpArgs &args) {
   const int hidden_size = args.hidden_size, intermediate_size = args.intermediate_size;
-  if (!device.hopper || args.tokens > TOKENS || hidden_size % CHUNK != 0 || intermediate_size % CHUNK != 0 ||
+  if (!device.hopper || args.dtype == FUSED_MLP_F32 || args.tokens > TOKENS || hidden_size % CHUNK != 0 || intermediate_size % CHUNK != 0 ||
       1ll * TOKENS * intermediate_size > RESIDENT_ELEMENTS || hidden_size > MOST_BOX_CHUNKS * CHUNK)
     return false;
   if (args.gated) {
@@ -357,7 +357,7 @@ bool can_decode_resident(const DeviceFacts &device, const FusedMlpArgs &args) {
   const int blocks = decode_blocks(device), chunks = intermediate_size / CHUNK;
   ResidentPlan plan;
   const int bytes = plan_of(blocks, hidden_size, intermediate_size, args.gated, false, &plan);
-  return depth_parts(blocks, args.output_size, chunks) == PARTS && PARTS * part_chunks(chunks, PARTS) == chunks && (args.gated ? 2 : 1) * plan.share <= TILE_GROUPS &&
+  return depth_parts(blocks, args.output_size, intermediate_size) == PARTS && PARTS * part_chunks(chunks, PARTS) == chunks && (args.gated ? 2 : 1) * plan.share <= TILE_GROUPS &&
          divide_up(args.output_size, GROUP) <= blocks && bytes <= device.shared_bytes_per_block - STATIC_BYTES;
 }
 

@@ -262,6 +262,8 @@ template <int N> struct WarpgroupProductTf32;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                             \
     }                                                                                                                  \
   };
+FUSED_MLP_PRODUCT(8, "%0,%1,%2,%3", "%4,%5,%6,%7", "%8", "%9", FUSED_MLP_F4(0))
+FUSED_MLP_PRODUCT(16, "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11", "%12", "%13", FUSED_MLP_F8(0))
 FUSED_MLP_PRODUCT(32, FUSED_MLP_TEN() "%10,%11,%12,%13,%14,%15", "%16,%17,%18,%19", "%20", "%21", FUSED_MLP_F16(0))
 FUSED_MLP_PRODUCT(64, FUSED_MLP_TEN() FUSED_MLP_TEN(1) FUSED_MLP_TEN(2) "%30,%31", "%32,%33,%34,%35", "%36", "%37",
                   FUSED_MLP_F32(0))
@@ -301,6 +303,13 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
+inline int map_element_bytes(int dtype) { return dtype == FUSED_MLP_F32 ? 4 : 2; }
+inline CUtensorMapDataType map_type(int dtype) {
+  return dtype == FUSED_MLP_F32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+         : dtype == FUSED_MLP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+}
+
 // Describes a matrix whose rows are `stride` elements apart, to be copied in boxes of `box_rows` rows and 128 bytes of columns,
 // or of 64 or 32 bytes, swizzled over as many.
 inline int encode_tensor_map(CUtensorMap *map, int dtype, const void *matrix, long long rows, long long columns,
@@ -308,16 +317,13 @@ inline int encode_tensor_map(CUtensorMap *map, int dtype, const void *matrix, lo
   const PFN_cuTensorMapEncodeTiled_v12000 encode = tensor_map_encoder();
   if (!encode)
     return FUSED_MLP_UNSUPPORTED;
-  const int element = dtype == FUSED_MLP_F32 ? 4 : 2;
-  const CUtensorMapDataType type = dtype == FUSED_MLP_F32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                                   : dtype == FUSED_MLP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                            : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const int element = map_element_bytes(dtype);
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * element};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_bytes / element), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
   const CUresult result =
-      encode(map, type, 2, const_cast<void *>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode(map, map_type(dtype), 2, const_cast<void *>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              box_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
              : box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                : CU_TENSOR_MAP_SWIZZLE_32B,
@@ -328,29 +334,31 @@ inline int encode_tensor_map(CUtensorMap *map, int dtype, const void *matrix, lo
 constexpr int MOST_BOX_CHUNKS = 256;
 constexpr long long MOST_MAP_STRIDE = 1ll << 40; // bytes
 
-// Describes the same matrix as chunks of 64 columns, to be copied in boxes of `box_chunks` chunks of `box_rows` rows; or two
-// such matrices (or one) that lie `distance` bytes apart, in boxes that have a chunk's rows of both, then the next chunk's. The columns are
-// a multiple of 64.
+// Describes the same matrix as chunks of 128 bytes of columns, to be copied in boxes of `box_chunks` chunks of `box_rows` rows;
+// or two such matrices (or one) that lie `distance` bytes apart, in boxes that have a chunk's rows of both, then the next
+// chunk's. The columns are whole chunks.
 inline int encode_chunk_map(CUtensorMap *map, int dtype, const void *matrix, long long rows, long long columns,
                             long long stride, int box_rows, int box_chunks, int matrices = 1, long long distance = 0) {
   const PFN_cuTensorMapEncodeTiled_v12000 encode = tensor_map_encoder();
   if (!encode)
     return FUSED_MLP_UNSUPPORTED;
-  constexpr int CHUNK = SWIZZLE_BYTES / 2, MOST = 4;
+  constexpr int MOST = 4;
+  const int element = map_element_bytes(dtype);
+  const cuuint32_t chunk = SWIZZLE_BYTES / element;
   const int between = distance > 0 ? 1 : 0, dimensions = 3 + between;
-  cuuint64_t sizes[MOST] = {CHUNK, static_cast<cuuint64_t>(rows), 0, 0}, strides[MOST - 1] = {};
-  cuuint32_t box[MOST] = {CHUNK, static_cast<cuuint32_t>(box_rows), 0, 0}, steps[MOST] = {1, 1, 1, 1};
-  strides[0] = static_cast<cuuint64_t>(stride) * 2;
+  cuuint64_t sizes[MOST] = {chunk, static_cast<cuuint64_t>(rows), 0, 0}, strides[MOST - 1] = {};
+  cuuint32_t box[MOST] = {chunk, static_cast<cuuint32_t>(box_rows), 0, 0}, steps[MOST] = {1, 1, 1, 1};
+  strides[0] = static_cast<cuuint64_t>(stride) * element;
   if (between) {
     sizes[2] = box[2] = static_cast<cuuint32_t>(matrices);
     strides[1] = static_cast<cuuint64_t>(distance);
   }
-  sizes[2 + between] = static_cast<cuuint64_t>(columns / CHUNK);
+  sizes[2 + between] = static_cast<cuuint64_t>(columns) / chunk;
   box[2 + between] = static_cast<cuuint32_t>(box_chunks);
   strides[1 + between] = SWIZZLE_BYTES;
   const CUresult result =
-      encode(map, dtype == FUSED_MLP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, dimensions,
-             const_cast<void *>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode(map, map_type(dtype), dimensions, const_cast<void *>(matrix), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? FUSED_MLP_OK : FUSED_MLP_UNSUPPORTED;
 }

@@ -19,7 +19,10 @@ fn kernels(dtype: DType, (hidden, intermediate): (usize, usize)) -> Vec<Kernel> 
     let half = matches!(dtype, DType::BF16 | DType::F16);
     let takes = |kernel: &Kernel| match kernel {
         Kernel::DecodeResident => half && hidden % 64 == 0 && intermediate % 256 == 0 && intermediate <= 3072,
-        Kernel::DecodeHopper => half && hidden % 64 == 0 && intermediate % 64 == 0,
+        Kernel::DecodeHopper => {
+            let chunk = 128 / dtype.size_in_bytes();
+            dtype != DType::F64 && hidden % chunk == 0 && intermediate % chunk == 0
+        }
         Kernel::Gemm => {
             let pieces = 16 / dtype.size_in_bytes();
             dtype != DType::F64 && hidden % pieces == 0 && intermediate % pieces == 0
@@ -101,7 +104,7 @@ fn small_models() -> Result<()> {
             let gate = random.linear((intermediate, hidden), i % 2 == 0, dtype, device)?;
             let up = random.linear((intermediate, hidden), i % 2 == 0, dtype, device)?;
             let down = random.linear((out, intermediate), i % 3 != 1, dtype, device)?;
-            for (j, activation) in Activation::ALL.into_iter().enumerate() {
+            for (j, &activation) in Activation::ALL.iter().enumerate() {
                 let tokens = 1 + j % 8;
                 let xs = random.normal(&[tokens, hidden], 1., dtype, device)?;
                 let what = format!("{hidden}x{intermediate} {activation} {tokens}");
@@ -302,6 +305,7 @@ fn graphs_replay() -> Result<()> {
         (DType::F16, Kernel::DecodeResident, 8),
         (DType::BF16, Kernel::DecodeHopper, 1),
         (DType::F16, Kernel::DecodeHopper, 64),
+        (DType::F32, Kernel::DecodeHopper, 5),
         (DType::BF16, Kernel::DecodeDependent, 1),
         (DType::BF16, Kernel::Decode, 16),
         (DType::F32, Kernel::DecodeDependent, 5),

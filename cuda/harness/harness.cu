@@ -472,7 +472,7 @@ int run_select() {
     for (int t : {1, 9, 20, 64})
       for (int path : {FUSED_MLP_PATH_AUTO, FUSED_MLP_PATH_PORTABLE})
         check_case({dtype, int(seed & 1), 264, 600, 136, t, 6, 0.f, int(seed % 8), 0, 0, path, false}, seed++, false);
-  for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16})
+  for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16, FUSED_MLP_F32})
     for (int t : {1, 9, 20, 64})
       check_case({dtype, dtype == FUSED_MLP_BF16, 256, 704, 136, t, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_HOPPER, false}, seed++,
                  false);

@@ -33,8 +33,8 @@ pub enum Kernel {
     /// Both layers in one launch, each multiprocessor's weights in its shared memory at once; on sm_90, for 1 to 8 tokens of bf16
     /// and f16 and small models whose weights fit there.
     DecodeResident,
-    /// Both layers in one launch, weights by tensor copies to warpgroup products; on sm_90, for bf16 and f16 where all rows
-    /// lie on 16 bytes and both sizes are multiples of 64.
+    /// Both layers in one launch, weights by tensor copies to warpgroup products; on sm_90, for all dtypes but f64 where all
+    /// rows lie on 16 bytes and are whole pieces of 128 bytes (64 elements, 32 in f32).
     DecodeHopper,
     /// As [`Decode`](Self::Decode), in a launch that overlaps with the ones before and after it; from sm_90 on.
     DecodeDependent,
