@@ -15,6 +15,8 @@ pub struct Run {
     pub model: String,
     pub device: String,
     pub dtype: &'static str,
+    /// Whether tokens after the prompt were launches of a CUDA graph.
+    pub graph: bool,
     pub prompt_tokens: usize,
     pub tokens: usize,
     /// What was written, where there is a tokenizer.
