@@ -46,6 +46,7 @@ use anyhow::{anyhow, bail, Context, Result};
 use candle_core::{Device, Tensor};
 use checkpoint::Checkpoint;
 use generate::{compare, generate, Settings, Speed};
+use measuring::machine::describe;
 use model::{Llama, MlpPath};
 use options::Options;
 use rand::{rngs::StdRng, Rng, SeedableRng};
@@ -82,9 +83,10 @@ fn run(options: &Options) -> Result<bool> {
     let room = prompt.len() + settings.tokens;
     // Whether there are positions for all of it: an error here comes before any output.
     model.state(room)?;
+    let (machine, _) = describe(&device)?;
     let mut out = stdout().lock();
     if !options.json {
-        report::opening(&mut out, &name, &device, options.dtype.as_str())?;
+        report::opening(&mut out, &name, &machine, options.dtype.as_str())?;
     }
     // What a device does at its first launches is no part of the model's time.
     model.next(&prompt[..1], &mut model.state(1)?)?;
@@ -123,6 +125,7 @@ fn run(options: &Options) -> Result<bool> {
     let run = Run {
         model: name,
         device: plan.device,
+        machine,
         dtype: options.dtype.as_str(),
         graph: options.graph,
         prompt_tokens: prompt.len(),
