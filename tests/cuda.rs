@@ -291,53 +291,6 @@ fn a_first_call_cannot_be_captured() -> Result<()> {
     assert_near(&module.forward(&xs)?, &exact(&module, &xs)?, "after the capture")
 }
 
-/// Sizes of zero, of views: the driver has no memory of nothing. A sum of no products is zero, or its bias.
-#[test]
-fn sizes_of_zero() -> Result<()> {
-    let device = &Device::new_cuda(0)?;
-    for dtype in DTYPES {
-        let random = &mut Random::new(9);
-        let (xs, weight) = (random.normal(&[6, 8], 1., dtype, device)?, random.normal(&[8, 8], 1., dtype, device)?);
-        let bias = random.normal(&[8], 1., dtype, device)?;
-        for [tokens, hidden, intermediate, out] in [[0, 4, 5, 3], [6, 0, 5, 3], [6, 4, 0, 3], [6, 4, 5, 0], [0; 4]] {
-            let linear = |rows: usize, cols: usize| -> Result<Linear> {
-                Ok(Linear::new(weight.narrow(0, 0, rows)?.narrow(1, 0, cols)?, Some(bias.narrow(0, 0, rows)?)))
-            };
-            let xs = xs.narrow(0, 0, tokens)?.narrow(1, 0, hidden)?;
-            let (first, second) = (linear(intermediate, hidden)?, linear(out, intermediate)?);
-            let gate_up = GateUp::Separate { gate: first.clone(), up: first.clone() };
-            for gated in [false, true] {
-                let found = match gated {
-                    false => fused_mlp(&xs, &first, &second, Activation::Silu)?,
-                    true => fused_swiglu(&xs, &gate_up, &second, Activation::Silu)?,
-                };
-                assert_eq!((found.dtype(), found.dims()), (dtype, &[tokens, out][..]));
-                if tokens == 0 || out == 0 {
-                    continue;
-                }
-                // On the CPU, where candle's own ops take sizes of zero.
-                let copy = |t: &Tensor| match t.elem_count() {
-                    0 => Tensor::zeros(t.dims(), DType::F64, &Device::Cpu),
-                    _ => t.to_device(&Device::Cpu)?.to_dtype(DType::F64),
-                };
-                let cpu = |linear: &Linear| -> Result<Linear> {
-                    Ok(Linear::new(copy(linear.weight())?, linear.bias().map(copy).transpose()?))
-                };
-                let (xs, first, second) = (copy(&xs)?, cpu(&first)?, cpu(&second)?);
-                let exact = match gated {
-                    false => exact_mlp(&xs, &first, &second, Activation::Silu)?,
-                    true => {
-                        let gate_up = GateUp::Separate { gate: first.clone(), up: first };
-                        exact_swiglu(&xs, &gate_up, &second, Activation::Silu)?
-                    }
-                };
-                assert_near(&found, &exact, &format!("{tokens} {hidden} {intermediate} {out}, gated {gated}"))?;
-            }
-        }
-    }
-    Ok(())
-}
-
 #[test]
 fn any_strides() -> Result<()> {
     let device = &Device::new_cuda(0)?;

@@ -313,7 +313,7 @@ test_device!(only_what_is_tracked, only_what_is_tracked_cpu, only_what_is_tracke
 /// On the CPU alone. candle's backward pass adds each gradient to a tensor of zeros of its shape (`GradStore::or_insert` in
 /// candle-core's `backprop.rs`), and on a GPU its elementwise ops launch a block for each 1024 elements, so none for none
 /// (`LaunchConfig::for_num_elems` in `cuda_backend/mod.rs`), which the driver refuses. The loss of an empty result ends there
-/// too. `tests/cuda.rs` has the forward passes.
+/// too. The forward passes of such sizes, in `errors.rs`, run there.
 #[test]
 fn empty() -> Result<()> {
     let device = &Device::Cpu;
