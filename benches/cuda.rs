@@ -9,11 +9,14 @@
 
 #[path = "support/layers.rs"]
 mod layers;
+#[path = "support/mod.rs"]
+mod support;
 
 use candle_core::{DType, Device, Error, Result, Tensor};
 use candle_fused_mlp::cuda::Kernel;
-use layers::{median, time, Layer, Turns, Way};
+use layers::{time, Layer, Turns, Way};
 use std::time::{Duration, Instant};
+use support::gpu;
 
 /// Name, gated, hidden size, intermediate size.
 const MODELS: [(&str, bool, usize, usize); 8] = [
@@ -53,38 +56,6 @@ fn energy(layers: &[Layer], first: &Tensor, ways: &[Way]) -> Result<Vec<Option<f
     Ok(each)
 }
 
-/// Bytes a second that a kernel reads which does nothing else.
-fn read_bandwidth(device: &Device) -> Result<f64> {
-    use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg};
-    let cuda = device.as_cuda_device()?;
-    let (stream, len) = (cuda.cuda_stream(), 1usize << 30);
-    let data = Tensor::randn(0f32, 1., len, device)?;
-    let sink = cuda.alloc_zeros::<u32>(1)?;
-    let (storage, _) = data.storage_and_layout();
-    let candle_core::Storage::Cuda(storage) = &*storage else { candle_core::bail!("expected a CUDA tensor") };
-    let (from, _reads) = storage.as_cuda_slice::<f32>()?.device_ptr(&stream);
-    let (to, _writes) = sink.device_ptr(&stream);
-    let kernel = cuda.get_or_load_custom_func("read_all", "candle-fused-mlp-bench", include_str!("read.ptx"))?;
-    let mut best = 0f64;
-    for blocks in [132, 264, 528, 2112] {
-        let config = LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (512, 1, 1), shared_mem_bytes: 0 };
-        let pieces = (len / 4) as u64;
-        let mut rates = Vec::new();
-        for _ in 0..9 {
-            device.synchronize()?;
-            let start = Instant::now();
-            let mut launch = kernel.builder();
-            launch.arg(&from).arg(&pieces).arg(&to);
-            // SAFETY: the kernel reads the 16-byte pieces of `data` and writes `sink` at most.
-            unsafe { launch.launch(config) }.map_err(Error::wrap)?;
-            device.synchronize()?;
-            rates.push(4. * len as f64 / start.elapsed().as_secs_f64());
-        }
-        best = best.max(median(rates));
-    }
-    Ok(best)
-}
-
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let mut tokens: Vec<usize> = arguments.iter().filter_map(|a| a.parse().ok()).collect();
@@ -109,7 +80,7 @@ fn main() -> Result<()> {
     let header = header.collect::<Vec<_>>().join(" | ");
 
     let device = &Device::new_cuda(0)?;
-    let bandwidth = read_bandwidth(device)?;
+    let bandwidth = gpu::Reader::new(device)?.bandwidth;
     println!("read bandwidth: {:.3} TB/s\n", bandwidth * 1e-12);
     println!("| MLP | dtype | tokens | floor | {header} | candle / fused |");
     println!("|---|---|---|---|{}---|", "---|".repeat(ways.len()));

@@ -6,12 +6,15 @@
 //! training step the variables), in bf16. A training step is a forward, the sum of the output times a random gradient, and
 //! a backward to x and every weight. The ways take turns; a time is the median of seven turns.
 
-use candle_core::cuda_backend::cudarc::driver::sys;
-use candle_core::{DType, Device, Error, Result, Tensor, Var};
+#[path = "support/mod.rs"]
+mod support;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_fused_mlp::ops::{fused_mlp, fused_swiglu};
 use candle_fused_mlp::{reference, Activation, GateUp};
 use candle_nn::Linear;
 use std::time::Instant;
+use support::gpu::Pool;
 
 /// Name, gated, hidden size, intermediate size.
 const MODELS: [(&str, bool, usize, usize); 4] = [
@@ -69,41 +72,6 @@ impl Layer {
     }
 }
 
-/// The driver's memory pool of a device.
-struct Pool(sys::CUmemoryPool);
-
-impl Pool {
-    fn of(device: &Device) -> Result<Self> {
-        let ordinal = device.as_cuda_device()?.cuda_stream().context().cu_device();
-        let mut pool = std::ptr::null_mut();
-        // SAFETY: the device exists, the result is written to `pool`.
-        unsafe { sys::cuDeviceGetMemPool(&mut pool, ordinal) }.result().map_err(Error::wrap)?;
-        Ok(Self(pool))
-    }
-
-    fn get(&self, attribute: sys::CUmemPool_attribute) -> Result<u64> {
-        let mut bytes = 0u64;
-        // SAFETY: both attributes asked for are 64-bit numbers, and `bytes` is one.
-        unsafe { sys::cuMemPoolGetAttribute(self.0, attribute, (&raw mut bytes).cast()) }
-            .result()
-            .map_err(Error::wrap)?;
-        Ok(bytes)
-    }
-
-    /// The most bytes handed out during `f` beyond those before it.
-    fn peak(&self, device: &Device, f: impl Fn() -> Result<()>) -> Result<u64> {
-        const HIGH: sys::CUmemPool_attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
-        device.synchronize()?;
-        let before = self.get(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
-        let mut zero = 0u64;
-        // SAFETY: the attribute is a 64-bit number, and zero is what it can be set to.
-        unsafe { sys::cuMemPoolSetAttribute(self.0, HIGH, (&raw mut zero).cast()) }.result().map_err(Error::wrap)?;
-        f()?;
-        device.synchronize()?;
-        Ok(self.get(HIGH)?.saturating_sub(before))
-    }
-}
-
 /// Median microseconds of each.
 fn time<const N: usize>(device: &Device, ways: [&dyn Fn() -> Result<()>; N]) -> Result<[f64; N]> {
     let turn = |way: &dyn Fn() -> Result<()>, calls: usize| -> Result<f64> {
@@ -136,7 +104,7 @@ fn main() -> Result<()> {
     let tokens = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(4096usize);
     let device = &Device::new_cuda(0)?;
     let pool = Pool::of(device)?;
-    let megabytes = |bytes: u64| bytes as f64 * 1e-6;
+    let megabytes = |bytes: usize| bytes as f64 * 1e-6;
     println!("| MLP, bf16, {tokens} tokens | pass | candle, us | fused, us | ratio | candle, MB | fused, MB | ratio |");
     println!("|---|---|---:|---:|---:|---:|---:|---:|");
     for (name, gated, hidden, intermediate) in MODELS {
@@ -148,7 +116,11 @@ fn main() -> Result<()> {
         let step = |fused: bool| layer.step(&xs, &gradient, fused);
         for (pass, run) in [("forward", &forward as &dyn Fn(bool) -> Result<()>), ("training step", &step)] {
             let [candle, fused] = time(device, [&|| run(false), &|| run(true)])?;
-            let (more, less) = (pool.peak(device, || run(false))?, pool.peak(device, || run(true))?);
+            let peak = |fused| -> Result<usize> {
+                let (result, bytes) = pool.peak(|| run(fused))?;
+                result.map(|()| bytes)
+            };
+            let (more, less) = (peak(false)?, peak(true)?);
             println!(
                 "| {name} | {pass} | {candle:.0} | {fused:.0} | {:.2} | {:.0} | {:.0} | {:.2} |",
                 candle / fused,

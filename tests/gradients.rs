@@ -309,7 +309,14 @@ fn only_what_is_tracked(device: &Device) -> Result<()> {
 test_device!(only_what_is_tracked, only_what_is_tracked_cpu, only_what_is_tracked_gpu, only_what_is_tracked_metal);
 
 /// Sizes of zero: gradients of the right shape, all of them zero but the output's bias's.
-fn empty(device: &Device) -> Result<()> {
+///
+/// On the CPU alone. candle's backward pass adds each gradient to a tensor of zeros of its shape (`GradStore::or_insert` in
+/// candle-core's `backprop.rs`), and on a GPU its elementwise ops launch a block for each 1024 elements, so none for none
+/// (`LaunchConfig::for_num_elems` in `cuda_backend/mod.rs`), which the driver refuses. The loss of an empty result ends there
+/// too. The forward passes of such sizes, in `errors.rs`, run there.
+#[test]
+fn empty() -> Result<()> {
+    let device = &Device::Cpu;
     for dtype in DTYPES {
         for (tokens, sizes) in [
             (&[0][..], [4, 5, 3]),
@@ -345,7 +352,6 @@ fn empty(device: &Device) -> Result<()> {
     }
     Ok(())
 }
-test_device!(empty, empty_cpu, empty_gpu, empty_metal);
 
 const KEEP: &str = "CANDLE_GRAD_DO_NOT_DETACH";
 

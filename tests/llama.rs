@@ -8,6 +8,9 @@
 #[allow(dead_code)]
 mod checkpoint;
 mod common;
+#[cfg(feature = "cuda")]
+#[path = "../examples/llama/graph.rs"]
+mod graph;
 #[path = "../benches/support/mod.rs"]
 mod measuring;
 #[path = "../examples/llama/model.rs"]
@@ -15,6 +18,9 @@ mod measuring;
 mod model;
 #[path = "../examples/shared/mod.rs"]
 mod shared;
+#[path = "../examples/llama/text.rs"]
+#[allow(dead_code)]
+mod text;
 #[path = "../examples/llama/tokenizer.rs"]
 mod tokenizer;
 
@@ -97,6 +103,45 @@ fn stories260k_tokens(device: &Device) -> Result<()> {
 }
 test_device!(stories260k_tokens, stories260k_tokens_cpu, stories260k_tokens_gpu, stories260k_tokens_metal);
 
+/// Every token by a CUDA graph: the same as by launches, in texts one after the other, and no token more than there is room for.
+#[cfg(feature = "cuda")]
+#[test]
+fn graphs_write_the_same_text() -> Result<()> {
+    let device = &shared::cli::Place::Cuda(0).open_to_capture()?;
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let Some((_, model, golden)) = stories(dtype, device)? else { return Ok(()) };
+        let expected: Vec<u32> = serde_json::from_value(golden["greedy_ids"].clone())?;
+        for path in PATHS {
+            let model = model.with_mlp(path);
+            let prompt = [golden["bos"].as_u64().unwrap() as u32];
+            let room = expected.len();
+            let mut text = text::open(&model, room, true)?;
+            for prompt in [&expected[..5], &prompt, &prompt] {
+                let mut logits = text.begin(prompt)?;
+                let mut state = model.state(room)?;
+                let mut launched = model.next(prompt, &mut state)?;
+                let mut ids: Vec<u32> = Vec::new();
+                for _ in 0..room - prompt.len() {
+                    let difference = apart(&logits.to_vec1()?, &launched.to_vec1()?);
+                    let tolerance = if dtype == DType::F32 { 1e-4 } else { 0.8 };
+                    assert!(difference <= tolerance, "{dtype:?} {path:?}, token {}: {difference}", ids.len());
+                    let id = logits.argmax(D::Minus1)?.to_scalar()?;
+                    ids.push(id);
+                    (logits, launched) = (text.go_on(id)?, model.next(&[id], &mut state)?);
+                }
+                if dtype == DType::F32 && prompt.len() == 1 {
+                    assert_eq!(ids, expected[..ids.len()], "{path:?}");
+                }
+            }
+            let error = text.go_on(0).unwrap_err().to_string();
+            assert!(error.contains("expected at most 256 tokens"), "{error}");
+            let share = text.mlp_share()?.unwrap();
+            assert!(share > 0. && share < 1., "{share}");
+        }
+    }
+    Ok(())
+}
+
 /// The logits of candle-transformers' llama.rs at every position, token by token and all at once.
 fn stories260k_logits(device: &Device) -> Result<()> {
     let Some((checkpoint, model, golden)) = stories(DType::F32, device)? else { return Ok(()) };
@@ -119,7 +164,8 @@ fn candle_llama_logits(config: &Config, vb: VarBuilder, ids: &[u32], device: &De
     ids.iter().enumerate().map(step).collect()
 }
 
-/// Checks a model against these logits: by tokens one at a time, by a prompt and the rest, and without a cache.
+/// Checks a model against these logits: by tokens one at a time, at positions on the host and on the device, by a prompt and
+/// the rest, and without a cache.
 fn check_every_position(model: &Llama, ids: &[u32], expected: &[Vec<f32>], tolerance: f64, name: &str) -> Result<()> {
     assert_eq!(ids.len(), expected.len());
     for path in PATHS {
@@ -128,6 +174,13 @@ fn check_every_position(model: &Llama, ids: &[u32], expected: &[Vec<f32>], toler
         let mut worst = 0f64;
         for (id, expected) in ids.iter().zip(expected) {
             worst = worst.max(apart(&model.next(&[*id], &mut state)?.to_vec1()?, expected));
+        }
+        let device = model.device();
+        let mut state = model.state(ids.len())?;
+        let tables = model.tables(&state)?;
+        for (at, (id, expected)) in ids.iter().zip(expected).enumerate() {
+            let (id, at) = (Tensor::new(&[[*id]], device)?, Tensor::new(&[at as u32], device)?);
+            worst = worst.max(apart(&model.step(&id, &at, &tables, &mut state)?.to_vec1()?, expected));
         }
         let mut state = model.state(ids.len())?;
         let half = ids.len() / 2;

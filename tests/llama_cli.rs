@@ -121,6 +121,7 @@ fn one_line_and_exit_code_2_for_wrong_input() {
     fails(&["--chat"], &["--chat", "<|im_start|>"]);
     fails(&["--compare", "--mlp", "fused"], &["--compare", "--mlp"]);
     fails(&["--synthetic", "2b"], &["--synthetic", "1b, 8b"]);
+    fails(&["--graph"], &["--graph", "expected a CUDA device, found cpu"]);
     fails(&["--frobnicate"], &["--frobnicate"]);
     if !candle_core::utils::cuda_is_available() {
         fails(&["--device", "cuda:1"], &["cuda:1", "built without CUDA"]);

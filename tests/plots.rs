@@ -1,4 +1,5 @@
-//! The example `plots` as a program: the plots in `docs` are those of the data there, and wrong data is named.
+//! The example `plots` as a program: the plots in `docs` and the table in PERFORMANCE.md are those of the data, and wrong data is
+//! named.
 
 #[path = "common/program.rs"]
 mod program;
@@ -11,7 +12,12 @@ const HEADER: &str = "machine,date,op,hidden,intermediate,dtype,tokens,path,us";
 #[test]
 fn the_plots_are_of_the_data() {
     let folder = tempfile::tempdir().unwrap();
-    program::succeeds(NAME, &["--out", folder.path().to_str().unwrap()]);
+    let table = program::succeeds(NAME, &["--out", folder.path().to_str().unwrap()]);
+    let performance = fs::read_to_string(format!("{}/PERFORMANCE.md", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    assert!(
+        performance.contains(&table),
+        "PERFORMANCE.md has not the table that `cargo run --example plots` prints:\n{table}"
+    );
     for name in ["time-over-tokens.svg", "speedup.svg"] {
         let drawn = fs::read_to_string(folder.path().join(name)).unwrap();
         let kept = fs::read_to_string(format!("{}/docs/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap();

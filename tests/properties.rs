@@ -190,12 +190,13 @@ fn check(case: &Case, device: &Device) -> Result<()> {
     let xs = tensor(random, &dims, 1., dtype, device, &case.xs)?;
 
     let (fc1, _) = gate_up.split()?;
+    let (host_xs, host_gate_up, host_down) = (xs.to_device(&Device::Cpu)?, host_gate_up(&gate_up)?, host(&down)?);
     let exact = match plain {
-        true => exact_mlp(&xs, &fc1, &down, activation)?,
-        false => exact_swiglu(&xs, &gate_up, &down, activation)?,
+        true => exact_mlp(&host_xs, &host(&fc1)?, &host_down, activation)?,
+        false => exact_swiglu(&host_xs, &host_gate_up, &host_down, activation)?,
     };
-    let wide_xs = matrix(&xs.to_dtype(DType::F64)?)?;
-    let (wide_gate_up, wide_down) = (cast_gate_up(&gate_up, DType::F64)?, cast(&down, DType::F64)?);
+    let wide_xs = matrix(&host_xs.to_dtype(DType::F64)?)?;
+    let (wide_gate_up, wide_down) = (cast_gate_up(&host_gate_up, DType::F64)?, cast(&host_down, DType::F64)?);
     let magnitudes = magnitudes(&wide_xs, &wide_gate_up, plain, &wide_down, activation)?;
     dims[case.leading.len()] = out;
     for tier in tiers(device) {

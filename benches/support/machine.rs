@@ -1,6 +1,10 @@
-//! The machine: its processor, its last-level cache, and the speed at which it reads memory.
+//! The machine: its processor or a GPU of it, the largest cache, and the speed at which it reads memory.
 
+#[cfg(feature = "cuda")]
+use super::gpu;
+use super::memory;
 use candle_core::utils::get_num_threads;
+use candle_core::{Device, Result};
 use std::fs;
 use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -24,7 +28,11 @@ pub fn last_level_cache() -> usize {
 
 /// How many layers of this many bytes exceed four times the last-level cache.
 pub fn layers_beyond_cache(layer_bytes: usize) -> usize {
-    4 * last_level_cache() / layer_bytes.max(1) + 1
+    layers_beyond(last_level_cache(), layer_bytes)
+}
+
+fn layers_beyond(cache: usize, layer_bytes: usize) -> usize {
+    4 * cache / layer_bytes.max(1) + 1
 }
 
 /// The processor's name, as Linux gives it; the architecture where it does not.
@@ -32,6 +40,83 @@ pub fn processor() -> String {
     let description = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = description.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
     name.map_or(std::env::consts::ARCH, |(_, name)| name.trim()).to_string()
+}
+
+/// Memory whose reading is timed.
+pub trait Memory {
+    /// The bytes of one [`pass`](Self::pass).
+    fn bytes(&self) -> usize;
+
+    /// Reads every byte once, as fast as the machine can.
+    ///
+    /// # Errors
+    /// A GPU's.
+    fn pass(&self) -> Result<()>;
+}
+
+/// The processor or the GPU that a program measures on.
+pub struct Machine {
+    /// What it is.
+    pub description: String,
+    /// Its largest cache, in bytes.
+    cache: usize,
+    pub reader: Box<dyn Memory>,
+    #[cfg(feature = "cuda")]
+    pool: Option<gpu::Pool>,
+}
+
+impl Machine {
+    /// What this device is a part of.
+    ///
+    /// # Errors
+    /// A GPU's.
+    pub fn of(device: &Device) -> Result<Self> {
+        let (description, cache) = describe(device)?;
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            let (reader, pool) = (Box::new(gpu::Reader::new(device)?), Some(gpu::Pool::of(device)?));
+            return Ok(Self { description, cache, reader, pool });
+        }
+        Ok(Self {
+            description,
+            cache,
+            reader: Box::new(Reader::new()),
+            #[cfg(feature = "cuda")]
+            pool: None,
+        })
+    }
+
+    /// How many layers of this many bytes exceed four times the largest cache.
+    pub fn layers_beyond_cache(&self, layer_bytes: usize) -> usize {
+        layers_beyond(self.cache, layer_bytes)
+    }
+
+    /// What `f` returns, and the most memory that the device held during it beyond what it held before: the heap, or a GPU's.
+    ///
+    /// # Errors
+    /// A GPU's.
+    pub fn peak<R>(&self, f: impl FnOnce() -> R) -> Result<(R, usize)> {
+        #[cfg(feature = "cuda")]
+        if let Some(pool) = &self.pool {
+            return pool.peak(f);
+        }
+        Ok(memory::peak(f))
+    }
+}
+
+/// What a device is, and its largest cache in bytes.
+///
+/// # Errors
+/// A GPU's.
+pub fn describe(device: &Device) -> Result<(String, usize)> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return gpu::description(device);
+    }
+    debug_assert!(device.is_cpu());
+    let (cache, threads) = (last_level_cache(), get_num_threads());
+    let megabytes = cache as f64 / f64::from(1 << 20);
+    Ok((format!("{}, {threads} threads, {megabytes:.0} MiB of last-level cache", processor()), cache))
 }
 
 /// Reads memory with all of candle's threads, as fast as the machine can.
@@ -42,14 +127,15 @@ impl Reader {
     pub fn new() -> Self {
         Self((0..8 * last_level_cache() as u64 / 8).collect())
     }
+}
 
-    /// The bytes of one [`pass`](Self::pass).
-    pub fn bytes(&self) -> usize {
+impl Memory for Reader {
+    fn bytes(&self) -> usize {
         size_of_val(self.0.as_slice())
     }
 
-    /// Reads every byte once, on the threads that the ops run on; parts are handed out as threads ask for them.
-    pub fn pass(&self) {
+    /// On the threads that the ops run on; parts are handed out as threads ask for them.
+    fn pass(&self) -> Result<()> {
         let next = AtomicUsize::new(0);
         let read = || {
             while let Some(part) = self.0.chunks(PART).nth(next.fetch_add(1, Relaxed)) {
@@ -62,6 +148,7 @@ impl Reader {
             }
             read();
         });
+        Ok(())
     }
 }
 

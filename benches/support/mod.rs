@@ -2,7 +2,8 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | `machine.rs` | the processor, its last-level cache, and the speed at which it reads memory |
+//! | `machine.rs` | the processor or GPU, its largest cache, and the speed at which it reads memory |
+//! | `gpu.rs` | the same of a GPU, and the peak of its memory |
 //! | `timing.rs` | times of several paths, by turns in one process |
 //! | `memory.rs` | the peak of the heap while a path runs |
 //! | `random.rs` | random normal tensors, fast enough for large weights |
@@ -13,6 +14,8 @@
 //! ([`machine::layers_beyond_cache`]), and one sample is a walk through the stack.
 #![allow(dead_code)] // each program uses a part of it
 
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod machine;
 pub mod memory;
 pub mod random;

@@ -1,6 +1,6 @@
 //! Times of several paths, by turns in one process.
 
-use super::machine::Reader;
+use super::machine::Memory;
 use candle_core::Result;
 use std::time::{Duration, Instant};
 
@@ -76,21 +76,18 @@ pub struct Comparison {
 }
 
 /// Compares walks through a stack of `layers`, in each of which the fused path reads `bytes`. Each round reads memory
-/// before and after the fused path.
+/// before and after the fused path. On a GPU the paths wait for it before they return.
 ///
 /// # Errors
 /// Those of the paths.
 pub fn compare(
     rounds: Rounds,
-    reader: &Reader,
+    reader: &dyn Memory,
     (layers, bytes): (usize, u64),
     unfused: &dyn Fn() -> Result<()>,
     fused: &dyn Fn() -> Result<()>,
 ) -> Result<Comparison> {
-    let read = || {
-        reader.pass();
-        Ok(())
-    };
+    let read = || reader.pass();
     let samples = alternate(rounds, [unfused, &read, fused, &read])?;
     let layers = layers as f64;
     let bytes = layers * bytes as f64;

@@ -29,7 +29,6 @@ mod options;
 mod support;
 
 use anyhow::{bail, Context, Result};
-use candle_core::utils::get_num_threads;
 use candle_core::DType;
 use candle_nn::VarBuilder;
 use candle_transformers::models::bert::{BertModel, Config};
@@ -39,7 +38,7 @@ use model::FusedBert;
 use options::Options;
 use std::fs;
 use std::process::ExitCode;
-use support::machine::processor;
+use support::machine::describe;
 use support::table::markdown;
 
 fn main() -> ExitCode {
@@ -82,7 +81,7 @@ fn run(options: &Options) -> Result<bool> {
             println!("{}", serde_json::to_string(row)?);
         }
     } else {
-        print(&folder.display().to_string(), &config, &rows);
+        print(&folder.display().to_string(), &describe(&device)?.0, &config, &rows);
     }
     let wrong = rows.iter().filter(|row| !row.agrees());
     for row in wrong.clone() {
@@ -95,14 +94,14 @@ fn run(options: &Options) -> Result<bool> {
 }
 
 /// For people.
-fn print(folder: &str, config: &Config, rows: &[Row]) {
+fn print(folder: &str, machine: &str, config: &Config, rows: &[Row]) {
     let Some(first) = rows.first() else { return };
     let Config { num_hidden_layers, hidden_size, intermediate_size, .. } = config;
     println!("Sentence embeddings: candle_transformers' BERT, and the same with fused MLPs\n");
     println!("model      {folder}");
     println!("layers     {num_hidden_layers}, hidden size {hidden_size}, intermediate size {intermediate_size}, f32");
     println!("sentences  {}", first.sentences);
-    println!("machine    {}, {} threads; model on {}\n", processor(), get_num_threads(), first.device);
+    println!("machine    {machine}\n");
     let cells = rows.iter().map(|row| {
         vec![
             row.batch.to_string(),

@@ -108,15 +108,18 @@ impl Checkpoint {
         })
     }
 
-    /// Seeded random weights of a published model's shape, without a tokenizer.
+    /// Seeded random weights of a published model's shape, without a tokenizer; on a GPU made there.
     ///
     /// # Errors
-    /// None.
+    /// A device without room for them.
     pub fn synthetic(shape: Synthetic, dtype: DType, device: &Device) -> Result<Self> {
         let (name, config) = match shape {
             Synthetic::Llama1b => ("Llama-3.2-1B", llama3((2048, 8192, 16), 64, 32., true)),
             Synthetic::Llama8b => ("Llama-3.1-8B", llama3((4096, 14336, 32), 128, 8., false)),
         };
+        if device.is_cuda() {
+            device.set_seed(0)?;
+        }
         let random = RandomWeights(Mutex::new(Random::new(0)));
         Ok(Self {
             name: format!("random weights of {name}'s shape"),
@@ -231,6 +234,10 @@ struct RandomWeights(Mutex<Random>);
 impl SimpleBackend for RandomWeights {
     fn get(&self, shape: Shape, name: &str, _: Init, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
         match *shape.dims() {
+            // Billions of them would take a processor longer than all the rest.
+            [_, cols] if device.is_cuda() => {
+                Tensor::randn(0f32, (cols as f32).powf(-0.5), shape, device)?.to_dtype(dtype)
+            }
             [rows, cols] => {
                 let mut random = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                 random.weight((rows, cols), dtype)?.to_device(device)

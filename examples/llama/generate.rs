@@ -1,6 +1,7 @@
 //! Writing text, and measuring it.
 
 use crate::model::{Llama, MlpPath};
+use crate::text::{self, Text};
 use anyhow::Result;
 use candle_core::Tensor;
 use candle_transformers::generation::LogitsProcessor;
@@ -33,20 +34,19 @@ pub struct Written {
 /// # Errors
 /// Those of the model and of `each`.
 pub fn generate(
-    model: &Llama,
+    text: &mut dyn Text,
     prompt: &[u32],
     settings: &Settings,
     mut each: impl FnMut(u32, &Tensor) -> Result<()>,
 ) -> Result<Written> {
     let mut chooser = LogitsProcessor::new(settings.seed, settings.temperature, settings.top_p);
-    let mut state = model.state(prompt.len() + settings.tokens)?;
     let mut ids: Vec<u32> = Vec::new();
     let start = Instant::now();
     let mut prefill = None;
     loop {
         let logits = match ids.last() {
-            None => model.next(prompt, &mut state)?,
-            Some(&last) => model.next(&[last], &mut state)?,
+            None => text.begin(prompt)?,
+            Some(&last) => text.go_on(last)?,
         };
         let id = chooser.sample(&logits)?;
         prefill.get_or_insert_with(|| start.elapsed());
@@ -68,24 +68,26 @@ pub struct Speed {
     pub prefill_tokens_per_s: f64,
     /// Of the tokens after the first; of none if there are none.
     pub decode_tokens_per_s: Option<f64>,
-    /// The MLPs' part of the time, in a pass of its own in which the device is waited for around each MLP.
+    /// The MLPs' part of the time, in a pass of its own in which the device is waited for around each MLP; of tokens in a CUDA
+    /// graph the time of a graph of the MLPs alone over a whole token's.
     pub prefill_mlp_share: f64,
     pub decode_mlp_share: Option<f64>,
 }
 
 impl Speed {
-    /// The speed of these runs, of which the median counts.
+    /// The speed of these runs of a text, of which the median counts.
     ///
     /// # Errors
     /// Those of the model.
-    pub fn of(model: &Llama, prompt: &[u32], runs: &[Written]) -> Result<Self> {
+    pub fn of(model: &Llama, text: &mut dyn Text, prompt: &[u32], runs: &[Written]) -> Result<Self> {
         let median = |time: fn(&Written) -> f64| {
             let mut times: Vec<f64> = runs.iter().map(time).collect();
             times.sort_by(f64::total_cmp);
             times[times.len() / 2]
         };
         let decoded = |run: &Written| run.ids.len() > 1;
-        let (prefill_mlp_share, decode_mlp_share) = mlp_shares(model, prompt, &runs[0].ids)?;
+        let (prefill_mlp_share, launched_mlp_share) = mlp_shares(model, prompt, &runs[0].ids)?;
+        let decode_mlp_share = text.mlp_share()?.or(launched_mlp_share);
         Ok(Self {
             mlp: model.mlp_path,
             prefill_tokens_per_s: prompt.len() as f64 / median(|run| run.prefill.as_secs_f64()),
@@ -141,16 +143,23 @@ pub struct Comparison {
 ///
 /// # Errors
 /// Those of the model.
-pub fn compare(model: &Llama, prompt: &[u32], settings: &Settings, rounds: usize) -> Result<Comparison> {
+pub fn compare(
+    model: &Llama,
+    prompt: &[u32],
+    settings: &Settings,
+    (rounds, in_graph): (usize, bool),
+) -> Result<Comparison> {
     let models = [MlpPath::Unfused, MlpPath::Fused].map(|path| model.with_mlp(path));
     let [unfused, fused] = &models;
+    let room = prompt.len() + settings.tokens;
+    let mut texts = [text::open(unfused, room, in_graph)?, text::open(fused, room, in_graph)?];
     let (mut expected, mut found) = (Vec::new(), Vec::new());
     let keep = |kept: &mut Vec<Vec<f32>>, logits: &Tensor| {
         kept.push(logits.to_vec1()?);
         Ok(())
     };
-    let a = generate(unfused, prompt, settings, |_, logits| keep(&mut expected, logits))?.ids;
-    let b = generate(fused, prompt, settings, |_, logits| keep(&mut found, logits))?.ids;
+    let a = generate(&mut *texts[0], prompt, settings, |_, logits| keep(&mut expected, logits))?.ids;
+    let b = generate(&mut *texts[1], prompt, settings, |_, logits| keep(&mut found, logits))?.ids;
     let first_difference = a.iter().zip(&b).position(|(a, b)| a != b);
     let comparable = first_difference.map_or(a.len(), |at| at + 1);
     let pairs = || expected.iter().zip(&found).take(comparable).flat_map(|(a, b)| a.iter().zip(b));
@@ -163,11 +172,12 @@ pub fn compare(model: &Llama, prompt: &[u32], settings: &Settings, rounds: usize
 
     let mut runs = [Vec::new(), Vec::new()];
     for _ in 0..rounds {
-        for (model, runs) in models.iter().zip(&mut runs) {
-            runs.push(generate(model, prompt, settings, |_, _| Ok(()))?);
+        for (text, runs) in texts.iter_mut().zip(&mut runs) {
+            runs.push(generate(&mut **text, prompt, settings, |_, _| Ok(()))?);
         }
     }
-    let (unfused, fused) = (Speed::of(unfused, prompt, &runs[0])?, Speed::of(fused, prompt, &runs[1])?);
+    let unfused = Speed::of(unfused, &mut *texts[0], prompt, &runs[0])?;
+    let fused = Speed::of(fused, &mut *texts[1], prompt, &runs[1])?;
     Ok(Comparison {
         same_tokens: a == b,
         first_difference,

@@ -6,17 +6,14 @@
 //! cargo run --release --example llama -- --model FOLDER --temperature 0.8 --top-p 0.9 --seed 1
 //! cargo run --release --example llama -- --model FOLDER --compare              # both paths: tokens, logits, speed
 //! cargo run --release --example llama -- --synthetic 1b --dtype bf16 --prompt-tokens 64 --tokens 16 --compare --json
-//! cargo run --release --features cuda --example llama -- --model FOLDER --device cuda --dtype bf16
+//! cargo run --release --features cuda --example llama -- --model FOLDER --device cuda --dtype bf16 --graph
 //! ```
 //!
 //! `FOLDER` is any Hugging Face folder of a LLaMA, Mistral or Qwen2. The exit code is 0, or 2 if the input is wrong.
 //!
-//! On CUDA each op is launched by itself. A CUDA graph of a token's pass would have to be the same launches for every
-//! token. The ops of candle 0.11.1 that run here can be captured on a device with a stream of its own
-//! (`CudaDevice::enable_cuda_graph_htod_cache` keeps the shapes that they upload), and so can this crate's; but three
-//! things change from token to token on the host's side: where `KvCache::append` writes (`slice_set` takes its offset as a
-//! number), how long the view of the cache is that the products read, and the rotations and ids that are uploaded. Choosing
-//! the token reads logits back, which ends a capture.
+//! On CUDA each op is launched by itself, or, with `--graph`, each token after the prompt is one launch of a CUDA graph. All
+//! ops of candle 0.11.1 that run here can be captured, on a device whose stream is its own; not those that a token is chosen
+//! by, which hand a number to the host. What a graph asks of the model is in `graph.rs`.
 //!
 //! | file | what it holds |
 //! |---|---|
@@ -25,11 +22,15 @@
 //! | `model.rs` | the model, for text and for training |
 //! | `checkpoint.rs` | where it comes from: a folder, a GGUF file, the program, or random weights |
 //! | `tokenizer.rs` | tokenizers of three formats |
+//! | `text.rs` | a text that is written token by token |
+//! | `graph.rs` | a token's pass as a CUDA graph |
 //! | `generate.rs` | writing text, and measuring it |
 //! | `report.rs` | what is printed |
 
 mod checkpoint;
 mod generate;
+#[cfg(feature = "cuda")]
+mod graph;
 #[path = "../../benches/support/mod.rs"]
 mod measuring;
 #[allow(dead_code)] // what trains is not used here
@@ -38,12 +39,14 @@ mod options;
 mod report;
 #[path = "../shared/mod.rs"]
 mod shared;
+mod text;
 mod tokenizer;
 
 use anyhow::{anyhow, bail, Context, Result};
 use candle_core::{Device, Tensor};
 use checkpoint::Checkpoint;
 use generate::{compare, generate, Settings, Speed};
+use measuring::machine::describe;
 use model::{Llama, MlpPath};
 use options::Options;
 use rand::{rngs::StdRng, Rng, SeedableRng};
@@ -57,7 +60,7 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<bool> {
-    let device = options.device.open()?;
+    let device = if options.graph { options.device.open_to_capture()? } else { options.device.open()? };
     let checkpoint = open(options, &device)?;
     let Checkpoint { name, config, tokenizer, vb } = checkpoint;
     let prompt = prompt(options, config.vocab_size, tokenizer.as_ref())?;
@@ -77,17 +80,19 @@ fn run(options: &Options) -> Result<bool> {
         top_p: options.top_p,
         seed: options.seed,
     };
+    let room = prompt.len() + settings.tokens;
     // Whether there are positions for all of it: an error here comes before any output.
-    model.state(prompt.len() + settings.tokens)?;
+    model.state(room)?;
+    let (machine, _) = describe(&device)?;
     let mut out = stdout().lock();
     if !options.json {
-        report::opening(&mut out, &name, &device, options.dtype.as_str())?;
+        report::opening(&mut out, &name, &machine, options.dtype.as_str())?;
     }
     // What a device does at its first launches is no part of the model's time.
     model.next(&prompt[..1], &mut model.state(1)?)?;
 
     let (ids, measured) = if options.compare {
-        let both = compare(&model, &prompt, &settings, options.rounds.get())?;
+        let both = compare(&model, &prompt, &settings, (options.rounds.get(), options.graph))?;
         (both.ids.clone(), Measured::Both(Box::new(both)))
     } else {
         let mut stream = tokenizer.as_ref().filter(|_| !options.json).map(|tokenizer| tokenizer.decode_stream(true));
@@ -103,11 +108,12 @@ fn run(options: &Options) -> Result<bool> {
         for &id in &prompt {
             show(id, !options.chat, &mut out)?;
         }
-        let written = generate(&model, &prompt, &settings, |id, _| show(id, true, &mut out))?;
+        let mut text = text::open(&model, room, options.graph)?;
+        let written = generate(&mut *text, &prompt, &settings, |id, _| show(id, true, &mut out))?;
         if !options.json && tokenizer.is_some() {
             writeln!(out)?;
         }
-        (written.ids.clone(), Measured::One(Speed::of(&model, &prompt, &[written])?))
+        (written.ids.clone(), Measured::One(Speed::of(&model, &mut *text, &prompt, &[written])?))
     };
     let text = tokenizer.as_ref().map(|tokenizer| tokenizer.decode(&ids, true)).transpose();
     let text = text.map_err(|error| anyhow!("{error}"))?;
@@ -119,7 +125,9 @@ fn run(options: &Options) -> Result<bool> {
     let run = Run {
         model: name,
         device: plan.device,
+        machine,
         dtype: options.dtype.as_str(),
+        graph: options.graph,
         prompt_tokens: prompt.len(),
         tokens: ids.len(),
         text,

@@ -7,7 +7,6 @@
 use anyhow::{bail, Context, Result};
 use candle_core::{DType, Device, Tensor, D};
 use candle_fused_mlp::{fused_swiglu, reference, Activation, FusedSwiGlu, Naming};
-use candle_nn::kv_cache::KvCache;
 use candle_nn::rotary_emb::{rope, rope_slow};
 use candle_nn::{Embedding, Init, Linear, Module, RmsNorm, VarBuilder};
 use serde::{Deserialize, Serialize};
@@ -193,10 +192,42 @@ struct Attention {
 /// A text being written: the keys and values of what came so far.
 #[derive(Debug)]
 pub struct State {
-    caches: Vec<KvCache>,
+    caches: Vec<Cache>,
+    room: usize,
     position: usize,
     /// Where this is set, the time that the MLPs take is added to it; the device is waited for around each.
     pub mlp_time: Option<Duration>,
+}
+
+impl State {
+    /// Forgets the text. The memory stays where it is.
+    pub fn clear(&mut self) {
+        self.position = 0;
+    }
+
+    /// The tokens that there is room for.
+    pub fn room(&self) -> usize {
+        self.room
+    }
+}
+
+/// A layer's keys and values, `[1, key_heads, room, head_dim]` each.
+#[derive(Debug)]
+struct Cache {
+    k: Tensor,
+    v: Tensor,
+}
+
+/// What every position of a text looks up, on the device, so that a [`step`](Llama::step) needs nothing of the host.
+#[derive(Debug)]
+pub struct Tables {
+    /// The rotations of each position, `[room, head_dim / 2]`.
+    cos: Tensor,
+    sin: Tensor,
+    /// What is added to the scores of a key that is so many positions before the last that there is room for, `[2 room]`.
+    mask: Tensor,
+    /// For each key the room less its position, `[room]`.
+    before: Tensor,
 }
 
 /// What all layers of one pass share.
@@ -204,6 +235,15 @@ struct Pass {
     cos: Tensor,
     sin: Tensor,
     mask: Option<Tensor>,
+    place: Place,
+}
+
+/// Where in a cache the new keys and values go.
+enum Place {
+    /// From this position on.
+    From(usize),
+    /// At the position that this tensor holds in every element, `[1, key_heads, 1, head_dim]`.
+    At(Tensor),
 }
 
 impl Llama {
@@ -273,6 +313,11 @@ impl Llama {
         self.embedding.embeddings().device()
     }
 
+    /// The tokens in the vocabulary.
+    pub fn vocab_size(&self) -> usize {
+        self.embedding.embeddings().dims()[0]
+    }
+
     /// The first layer's MLP.
     pub fn mlp(&self) -> &FusedSwiGlu {
         &self.layers[0].mlp
@@ -289,8 +334,12 @@ impl Llama {
                 self.capacity
             );
         }
-        let caches = self.layers.iter().map(|_| KvCache::new(2, tokens)).collect();
-        Ok(State { caches, position: 0, mlp_time: None })
+        let cache = |Layer { attention: Attention { key_heads, head_dim, .. }, .. }: &Layer| {
+            let empty = || Tensor::zeros((1, *key_heads, tokens, *head_dim), self.dtype(), self.device());
+            Ok(Cache { k: empty()?, v: empty()? })
+        };
+        let caches = self.layers.iter().map(cache).collect::<Result<_>>()?;
+        Ok(State { caches, room: tokens, position: 0, mlp_time: None })
     }
 
     /// What follows the text: appends `ids` to it and gives the next token's logits, `[vocab_size]` in f32.
@@ -298,10 +347,58 @@ impl Llama {
     /// # Errors
     /// No ids, or one that is not in the vocabulary; candle's.
     pub fn next(&self, ids: &[u32], state: &mut State) -> Result<Tensor> {
+        let tokens = ids.len();
         let ids = Tensor::new(ids, self.device())?.unsqueeze(0)?;
-        let hidden = self.hidden(&ids, Some(state))?;
+        let hidden = self.hidden(&ids, &self.pass(state.position, tokens)?, Some(state))?;
+        state.position += tokens;
         let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.contiguous()?;
         Ok(self.logits(&last)?.flatten_all()?.to_dtype(DType::F32)?)
+    }
+
+    /// What a [`step`](Self::step) looks up, for texts of this state's room.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn tables(&self, state: &State) -> Result<Tables> {
+        let room = state.room;
+        let (cos, sin) = self.rotations(0, room)?;
+        let reach = self.window.unwrap_or(room);
+        // An element for each of `at + room - key`: the keys after `at` first, then the one at it and those before.
+        let mask: Vec<f32> =
+            (0..2 * room).map(|i| if i < room || i - room >= reach { f32::NEG_INFINITY } else { 0. }).collect();
+        let before: Vec<u32> = (0..room as u32).map(|key| room as u32 - key).collect();
+        let device = self.device();
+        Ok(Tables { cos, sin, mask: Tensor::new(mask, device)?, before: Tensor::new(before, device)? })
+    }
+
+    /// The next token's logits as of [`next`](Self::next), for one id, `[1, 1]`, at a position, `[1]`, that both are on the
+    /// device: the launches are the same whatever the two are. Every key that there is room for is read, those after the
+    /// position without weight. The state's own position stays as it is.
+    ///
+    /// # Errors
+    /// Those of candle. A position without room is none, but an access out of bounds on a GPU.
+    pub fn step(&self, id: &Tensor, at: &Tensor, tables: &Tables, state: &mut State) -> Result<Tensor> {
+        let Some(Layer { attention: Attention { key_heads, head_dim, .. }, .. }) = self.layers.first() else {
+            bail!("expected a model of one layer at least");
+        };
+        let place = at.broadcast_as((1, *key_heads, 1, *head_dim))?.contiguous()?;
+        let mask = tables.mask.index_select(&tables.before.broadcast_add(at)?, 0)?.unsqueeze(0)?;
+        let pass = Pass {
+            cos: tables.cos.index_select(at, 0)?,
+            sin: tables.sin.index_select(at, 0)?,
+            mask: Some(mask),
+            place: Place::At(place),
+        };
+        let hidden = self.hidden(id, &pass, Some(state))?;
+        Ok(self.logits(&hidden)?.flatten_all()?.to_dtype(DType::F32)?)
+    }
+
+    /// Every layer's MLP of the same `[1, 1, hidden_size]`, and nothing else.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn all_mlps(&self, xs: &Tensor) -> Result<()> {
+        self.layers.iter().try_for_each(|layer| self.run_mlp(&layer.mlp, xs).map(drop))
     }
 
     /// The logits after each position of whole texts: from `[batch, tokens]` ids `[batch, tokens, vocab_size]`.
@@ -309,7 +406,7 @@ impl Llama {
     /// # Errors
     /// Those of [`next`](Self::next).
     pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        self.logits(&self.hidden(ids, None)?)
+        self.logits(&self.hidden(ids, &self.pass(0, ids.dim(1)?)?, None)?)
     }
 
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
@@ -317,14 +414,11 @@ impl Llama {
     }
 
     /// The last layer's output, `[batch, tokens, hidden_size]`, of ids that follow `state`'s.
-    fn hidden(&self, ids: &Tensor, mut state: Option<&mut State>) -> Result<Tensor> {
-        let tokens = ids.dim(1)?;
-        let start = state.as_ref().map_or(0, |state| state.position);
-        let pass = self.pass(start, tokens)?;
+    fn hidden(&self, ids: &Tensor, pass: &Pass, mut state: Option<&mut State>) -> Result<Tensor> {
         let mut xs = self.embedding.forward(ids)?;
         for (i, layer) in self.layers.iter().enumerate() {
-            let cache = state.as_deref_mut().map(|state| &mut state.caches[i]);
-            xs = (&xs + layer.attention.forward(&norm(&layer.attention_norm, &xs)?, &pass, cache)?)?;
+            let cache = state.as_deref().map(|state| &state.caches[i]);
+            xs = (&xs + layer.attention.forward(&norm(&layer.attention_norm, &xs)?, pass, cache)?)?;
             let normed = norm(&layer.mlp_norm, &xs)?;
             let ys = match state.as_deref_mut().and_then(|state| state.mlp_time.as_mut()) {
                 None => self.run_mlp(&layer.mlp, &normed)?,
@@ -339,9 +433,6 @@ impl Llama {
             };
             xs = (xs + ys)?;
         }
-        if let Some(state) = state {
-            state.position += tokens;
-        }
         norm(&self.norm, &xs)
     }
 
@@ -354,13 +445,8 @@ impl Llama {
 
     /// The rotations of `tokens` positions from `start` on, and what each may not look at.
     fn pass(&self, start: usize, tokens: usize) -> Result<Pass> {
-        let (device, dtype) = (self.device(), self.dtype());
         let total = start + tokens;
-        let table = |of: fn(f64) -> f64| -> Result<Tensor> {
-            let angles = (start..total).flat_map(|at| self.frequencies.iter().map(move |f| at as f64 * f));
-            let values: Vec<f32> = angles.map(|angle| of(angle) as f32).collect();
-            Ok(Tensor::from_vec(values, (tokens, self.frequencies.len()), device)?.to_dtype(dtype)?)
-        };
+        let (cos, sin) = self.rotations(start, tokens)?;
         let reach = self.window.unwrap_or(total);
         let mask = if tokens == 1 && total <= reach {
             None
@@ -369,15 +455,42 @@ impl Llama {
             let values: Vec<f32> = (start..total)
                 .flat_map(|at| (0..total).map(move |past| if hidden(at, past) { f32::NEG_INFINITY } else { 0. }))
                 .collect();
-            Some(Tensor::from_vec(values, (tokens, total), device)?)
+            Some(Tensor::from_vec(values, (tokens, total), self.device())?)
         };
-        Ok(Pass { cos: table(f64::cos)?, sin: table(f64::sin)?, mask })
+        Ok(Pass { cos, sin, mask, place: Place::From(start) })
+    }
+
+    /// The cosines and sines of `tokens` positions from `start` on, `[tokens, head_dim / 2]`.
+    fn rotations(&self, start: usize, tokens: usize) -> Result<(Tensor, Tensor)> {
+        let table = |of: fn(f64) -> f64| -> Result<Tensor> {
+            let angles = (start..start + tokens).flat_map(|at| self.frequencies.iter().map(move |f| at as f64 * f));
+            let values: Vec<f32> = angles.map(|angle| of(angle) as f32).collect();
+            Ok(Tensor::from_vec(values, (tokens, self.frequencies.len()), self.device())?.to_dtype(self.dtype())?)
+        };
+        Ok((table(f64::cos)?, table(f64::sin)?))
+    }
+}
+
+impl Cache {
+    /// Puts in new keys and values and gives all up to them; those of all the room, if only the device knows the place.
+    fn append(&self, k: &Tensor, v: &Tensor, place: &Place) -> candle_core::Result<(Tensor, Tensor)> {
+        let put = |all: &Tensor, new: &Tensor| match place {
+            Place::From(start) => {
+                all.slice_set(new, 2, *start)?;
+                all.narrow(2, 0, start + new.dim(2)?)
+            }
+            Place::At(position) => {
+                all.scatter_set(position, new, 2)?;
+                Ok(all.clone())
+            }
+        };
+        Ok((put(&self.k, k)?, put(&self.v, v)?))
     }
 }
 
 impl Attention {
     /// From `[batch, tokens, hidden_size]` to the same; with a cache, over all that came before as well.
-    fn forward(&self, xs: &Tensor, pass: &Pass, cache: Option<&mut KvCache>) -> Result<Tensor> {
+    fn forward(&self, xs: &Tensor, pass: &Pass, cache: Option<&Cache>) -> Result<Tensor> {
         let &Self { heads, key_heads, head_dim, .. } = self;
         let (batch, tokens, _) = xs.dims3()?;
         let split = |linear: &Linear, heads| {
@@ -387,7 +500,7 @@ impl Attention {
         let k = rotate(&split(&self.k, key_heads)?, pass)?;
         let v = split(&self.v, key_heads)?;
         let (k, v) = match cache {
-            Some(cache) => cache.append(&k, &v)?,
+            Some(cache) => cache.append(&k, &v, &pass.place)?,
             None => (k, v),
         };
         // The heads that share keys are rows of one product: nothing is repeated for them.

@@ -60,6 +60,9 @@ pub struct Options {
     /// Where to run: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     pub device: Place,
+    /// On CUDA: every token after the prompt is one launch of a CUDA graph.
+    #[arg(long)]
+    pub graph: bool,
     /// The dtype to run in: f32, f16 or bf16. Weights of another dtype are converted.
     #[arg(long, default_value = "f32", value_parser = model_dtype)]
     pub dtype: DType,

@@ -1,11 +1,8 @@
 //! What is printed.
 
 use crate::generate::{Comparison, Speed};
-use crate::measuring::machine::processor;
 use crate::measuring::table::markdown;
 use anyhow::Result;
-use candle_core::utils::get_num_threads;
-use candle_core::Device;
 use serde::Serialize;
 use std::io::Write;
 
@@ -14,7 +11,11 @@ use std::io::Write;
 pub struct Run {
     pub model: String,
     pub device: String,
+    /// The processor or the GPU.
+    pub machine: String,
     pub dtype: &'static str,
+    /// Whether tokens after the prompt were launches of a CUDA graph.
+    pub graph: bool,
     pub prompt_tokens: usize,
     pub tokens: usize,
     /// What was written, where there is a tokenizer.
@@ -46,10 +47,8 @@ pub fn json(out: &mut impl Write, run: &Run) -> Result<()> {
 ///
 /// # Errors
 /// Output that is closed.
-pub fn opening(out: &mut impl Write, name: &str, device: &Device, dtype: &str) -> Result<()> {
-    let place =
-        if device.is_cpu() { format!("{}, {} threads", processor(), get_num_threads()) } else { "CUDA".to_string() };
-    Ok(writeln!(out, "{name}, {dtype}, {place}\n")?)
+pub fn opening(out: &mut impl Write, name: &str, machine: &str, dtype: &str) -> Result<()> {
+    Ok(writeln!(out, "{name}, {dtype}, {machine}\n")?)
 }
 
 /// What is known after the last.

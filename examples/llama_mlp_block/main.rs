@@ -5,6 +5,7 @@
 //! cargo run --release --example llama_mlp_block -- --weights model.safetensors --layer 3 --tokens 1,16 --dtype bf16
 //! cargo run --release --example llama_mlp_block -- --weights model.safetensors.index.json --json
 //! cargo run --release --example llama_mlp_block -- --hidden 2048 --intermediate 8192 --tokens 4096 --iters 1
+//! cargo run --release --features cuda --example llama_mlp_block -- --device cuda --hidden 4096 --intermediate 14336
 //! ```
 //!
 //! Without `--weights` it runs on the trained weights that it has inside, then on a safetensors file of random ones that it
@@ -35,7 +36,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use options::Options;
 use std::process::ExitCode;
 use std::time::Duration;
-use support::machine::Reader;
+use support::machine::Machine;
 use support::memory;
 use weights::Weights;
 
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
 fn run(options: &Options) -> Result<bool> {
     let device = options.device.open()?;
     let all = Weights::open(options)?;
-    let reader = Reader::new();
+    let machine = Machine::of(&device)?;
     let bar = ProgressBar::new((all.len() * options.dtypes.len() * options.tokens.len()) as u64)
         .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len}  {msg}  {elapsed}")?);
     bar.enable_steady_tick(Duration::from_millis(200));
@@ -58,7 +59,7 @@ fn run(options: &Options) -> Result<bool> {
     for weights in &all {
         let mut rows = Vec::new();
         for &dtype in &options.dtypes {
-            rows.extend(measure::rows(options, weights, dtype, &device, &reader, &bar)?);
+            rows.extend(measure::rows(options, weights, dtype, &device, &machine, &bar)?);
         }
         results.push((weights, rows));
     }
@@ -68,7 +69,7 @@ fn run(options: &Options) -> Result<bool> {
             report::json(rows)?;
         } else {
             print!("{}", if i > 0 { "\n\n" } else { "" });
-            report::human(weights, rows);
+            report::human(weights, &machine, rows);
         }
     }
     let wrong: Vec<_> = results.iter().flat_map(|(_, rows)| rows).filter(|row| !row.is_within_tolerance()).collect();

@@ -2,8 +2,7 @@
 
 use crate::blocks::{load_fused, CandleMlp};
 use crate::options::Options;
-use crate::support::machine::{layers_beyond_cache, Reader};
-use crate::support::memory::peak;
+use crate::support::machine::Machine;
 use crate::support::random::Random;
 use crate::support::timing::{compare, Rounds};
 use crate::weights::Weights;
@@ -14,7 +13,7 @@ use indicatif::ProgressBar;
 use serde::Serialize;
 use std::hint::black_box;
 use std::num::NonZeroUsize;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What was found for one dtype and number of tokens. Serialised, its names stay the same from version to version.
 #[derive(Serialize)]
@@ -46,7 +45,7 @@ pub struct Row {
     pub read_gbs: f64,
     pub machine_read_gbs: f64,
     pub share_of_bandwidth: f64,
-    /// The most heap that a forward pass takes beyond weights and input.
+    /// The most memory that a forward pass takes beyond weights and input: of the heap, or of the GPU's.
     pub unfused_peak_bytes: usize,
     pub fused_peak_bytes: usize,
     #[serde(skip)]
@@ -72,6 +71,10 @@ impl Row {
 
 /// The most copies of a block, unless more are asked for.
 const MOST_COPIES: usize = 64;
+/// How long a row's rounds take, unless their number is given.
+const DURATION: Duration = Duration::from_millis(200);
+/// What a path runs for at a time on a GPU, so that waiting for it costs little.
+const GPU_SAMPLE: Duration = Duration::from_millis(4);
 
 /// The rows of one dtype.
 ///
@@ -82,13 +85,13 @@ pub fn rows(
     weights: &Weights,
     dtype: DType,
     device: &Device,
-    reader: &Reader,
+    machine: &Machine,
     bar: &ProgressBar,
 ) -> Result<Vec<Row>> {
     let vb = weights.var_builder(dtype, device)?;
     // One after the other, as many blocks with weights of their own as exceed the caches come from memory, as the
     // layers of a model do. Very small blocks stay in the caches, as the layers of a model of theirs do.
-    let beyond_cache = layers_beyond_cache(weights.elements() * dtype.size_in_bytes()).min(MOST_COPIES);
+    let beyond_cache = machine.layers_beyond_cache(weights.elements() * dtype.size_in_bytes()).min(MOST_COPIES);
     let copies = 0..options.copies.map_or(beyond_cache, NonZeroUsize::get);
     let candle: Vec<_> = copies
         .clone()
@@ -104,12 +107,14 @@ pub fn rows(
         let xs = random.normal(&[tokens, weights.hidden_size], 1., dtype)?.to_device(device)?;
         let plan = fused[0].plan(&xs)?;
 
-        let rounds = options.iters.map_or(Rounds::For(Duration::from_millis(500)), |n| Rounds::Exactly(n.get()));
-        let walked = (fused.len(), plan.fused.bytes_read);
-        let found = compare(rounds, reader, walked, &|| walk(&candle, &xs), &|| walk(&fused, &xs))?;
-        // After the timing, so that no buffer that a thread keeps from its first call on is counted.
-        let (unfused_result, unfused_peak_bytes) = peak(|| candle[0].forward(&xs));
-        let (fused_result, fused_peak_bytes) = peak(|| fused[0].forward(&xs));
+        let rounds = options.iters.map_or(Rounds::For(DURATION), |n| Rounds::Exactly(n.get()));
+        let walks = if device.is_cpu() { 1 } else { walks_in(GPU_SAMPLE, || walk(&fused, &xs, 1))? };
+        let walked = (walks * fused.len(), plan.fused.bytes_read);
+        let (unfused_path, fused_path) = (|| walk(&candle, &xs, walks), || walk(&fused, &xs, walks));
+        let found = compare(rounds, &*machine.reader, walked, &unfused_path, &fused_path)?;
+        // After the timing, so that no buffer that is kept from a first call on is counted.
+        let (unfused_result, unfused_peak_bytes) = machine.peak(|| candle[0].forward(&xs))?;
+        let (fused_result, fused_peak_bytes) = machine.peak(|| fused[0].forward(&xs))?;
         let expected = exact.forward(&xs.to_dtype(DType::F64)?)?;
         let (max_abs_err, rel_l2_err) = errors(&fused_result?, &expected)?;
         let (_, unfused_rel_l2_err) = errors(&unfused_result?, &expected)?;
@@ -144,12 +149,20 @@ pub fn rows(
     Ok(rows)
 }
 
-/// A forward pass of every block of a stack.
-fn walk(stack: &[impl Module], xs: &Tensor) -> candle_core::Result<()> {
-    for block in stack {
+/// So many forward passes of every block of a stack, waited for.
+fn walk(stack: &[impl Module], xs: &Tensor, walks: usize) -> candle_core::Result<()> {
+    for block in (0..walks).flat_map(|_| stack) {
         black_box(block.forward(xs)?);
     }
-    Ok(())
+    xs.device().synchronize()
+}
+
+/// How many walks take so long, one at least.
+fn walks_in(duration: Duration, walk: impl Fn() -> candle_core::Result<()>) -> candle_core::Result<usize> {
+    walk()?;
+    let start = Instant::now();
+    walk()?;
+    Ok((duration.as_secs_f64() / start.elapsed().as_secs_f64()).ceil() as usize)
 }
 
 /// The largest absolute difference, and `|found - exact| / |exact|` in the l2 norm.

@@ -42,10 +42,10 @@ pub struct Options {
     /// The gate's activation, by its name in a Hugging Face config.
     #[arg(long, default_value = "silu", value_parser = activation)]
     pub activation: Activation,
-    /// Timed rounds, of which the median counts; as many as fit in half a second if not given.
+    /// Timed rounds, of which the median counts; as many as fit in a fifth of a second, three at least, if not given.
     #[arg(long, value_name = "ROUNDS")]
     pub iters: Option<NonZeroUsize>,
-    /// Copies of the block that take turns; as many as exceed four times the last-level cache, at most 64, if not given.
+    /// Copies of the block that take turns; as many as exceed four times the largest cache, at most 64, if not given.
     #[arg(long)]
     pub copies: Option<NonZeroUsize>,
     /// Print one JSON object for each row in place of the tables.

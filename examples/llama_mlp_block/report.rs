@@ -1,11 +1,10 @@
 //! What is printed.
 
 use crate::measure::Row;
-use crate::support::machine::{last_level_cache, processor};
+use crate::support::machine::Machine;
 use crate::support::table::markdown;
 use crate::weights::Weights;
 use anyhow::Result;
-use candle_core::utils::get_num_threads;
 
 /// One JSON object a line.
 ///
@@ -19,14 +18,13 @@ pub fn json(rows: &[Row]) -> Result<()> {
 }
 
 /// For people: what was run, where, the plans, and a table for each question.
-pub fn human(weights: &Weights, rows: &[Row]) {
+pub fn human(weights: &Weights, machine: &Machine, rows: &[Row]) {
     let Some(first) = rows.first() else { return };
     let Weights { prefix, hidden_size, intermediate_size, .. } = weights;
     println!("One LLaMA MLP block: y = down({}(gate x) * up x)\n", first.activation);
     println!("weights   {}", weights.description());
     println!("block     {prefix}, hidden size {hidden_size}, intermediate size {intermediate_size}");
-    let cache = last_level_cache() as f64 / f64::from(1 << 20);
-    println!("machine   {}, {} threads, {cache:.0} MiB of last-level cache", processor(), get_num_threads());
+    println!("machine   {}", machine.description);
 
     println!("\nWhat runs for one call, by the crate's plan:");
     for (i, row) in rows.iter().enumerate() {

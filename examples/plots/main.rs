@@ -5,8 +5,8 @@
 //! cargo run --release --example plots -- --data docs/data/cuda.csv --machine "NVIDIA H200" --out docs
 //! ```
 //!
-//! It reads a CSV file of times and writes `time-over-tokens.svg`, of one SwiGLU, and `speedup.svg`, of all MLPs. It has no
-//! figure of its own.
+//! It reads a CSV file of times and writes `time-over-tokens.svg`, of one SwiGLU, and `speedup.svg`, of all MLPs, and prints the
+//! table of PERFORMANCE.md's section "What others promise". It has no figure of its own.
 //!
 //! | file | what it holds |
 //! |---|---|
@@ -15,13 +15,17 @@
 //! | `axis.rs` | limits and marks of a logarithmic axis |
 //! | `time.rs` | the plot of times over tokens |
 //! | `speedup.rs` | the plot of speed-ups by model |
+//! | `promises.rs` | the table beside what others promise |
 
 mod axis;
 #[path = "../shared/cli.rs"]
 #[allow(dead_code)] // a part of it is used here
 mod cli;
 mod data;
+mod promises;
 mod speedup;
+#[path = "../../benches/support/table.rs"]
+mod table;
 mod time;
 
 use anyhow::{bail, Context, Result};
@@ -70,6 +74,7 @@ fn main() -> ExitCode {
         fs::create_dir_all(&options.out).with_context(|| format!("{}: no such folder", options.out.display()))?;
         time::draw(&options.out.join("time-over-tokens.svg"), &measurements, options.swiglu)?;
         speedup::draw(&options.out.join("speedup.svg"), &measurements, &options.tokens)?;
+        print!("{}", promises::table(&measurements));
         Ok(true)
     })
 }

@@ -89,12 +89,38 @@ impl Place {
     /// The device.
     ///
     /// # Errors
-    /// A GPU, in a build without CUDA.
+    /// A GPU that is not there, or in a build without CUDA.
     pub fn open(self) -> Result<Device> {
-        match self {
-            Self::Cpu => Ok(Device::Cpu),
-            Self::Cuda(ordinal) if candle_core::utils::cuda_is_available() => Ok(Device::new_cuda(ordinal)?),
-            Self::Cuda(_) => bail!("--device {self}: this program was built without CUDA"),
+        self.open_by(Device::new_cuda)
+    }
+
+    /// The device, a GPU, so that what runs on it can be captured in CUDA graphs: with a stream of its own. One thread is to
+    /// use it, and no other device of the same GPU beside it.
+    ///
+    /// # Errors
+    /// Those of [`open`](Self::open), and the CPU.
+    pub fn open_to_capture(self) -> Result<Device> {
+        let device = self.open_by(Device::new_cuda_with_stream)?;
+        if !device.is_cuda() {
+            bail!("--graph: expected a CUDA device, found {self}");
         }
+        // candle's events between streams cannot be captured.
+        #[cfg(feature = "cuda")]
+        // SAFETY: there is one stream, on which all that is launched or freed comes in order.
+        unsafe {
+            device.as_cuda_device()?.disable_event_tracking();
+        }
+        Ok(device)
+    }
+
+    fn open_by(self, cuda: impl FnOnce(usize) -> candle_core::Result<Device>) -> Result<Device> {
+        let ordinal = match self {
+            Self::Cpu => return Ok(Device::Cpu),
+            Self::Cuda(ordinal) => ordinal,
+        };
+        if !candle_core::utils::cuda_is_available() {
+            bail!("--device {self}: this program was built without CUDA");
+        }
+        cuda(ordinal).map_err(|error| anyhow!("--device {self}: {}", first_line(&error.to_string())))
     }
 }

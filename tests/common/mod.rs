@@ -27,7 +27,7 @@ impl Random {
         let len = dims.iter().product();
         let values: Vec<f64> =
             (0..len).map(|_| scale * Distribution::<f64>::sample(&StandardNormal, &mut self.0)).collect();
-        Tensor::from_vec(values, dims, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
+        on(&Tensor::from_vec(values, dims, &Device::Cpu)?.to_dtype(dtype)?, device)
     }
 
     /// A layer at the scale that keeps a unit variance.
@@ -42,6 +42,32 @@ impl Random {
         let bias = if bias { Some(self.normal(&[rows], 0.5, dtype, device)?) } else { None };
         Ok(Linear::new(weight, bias))
     }
+}
+
+/// A copy on this device. A GPU's driver has no memory of nothing, so there an empty tensor is a view of some.
+pub fn on(tensor: &Tensor, device: &Device) -> Result<Tensor> {
+    if device.is_cpu() || tensor.elem_count() > 0 {
+        return tensor.to_device(device);
+    }
+    let some: Vec<usize> = tensor.dims().iter().map(|&len| len.max(1)).collect();
+    let view = Tensor::zeros(some, tensor.dtype(), device)?;
+    let dims = tensor.dims().iter().enumerate();
+    dims.filter(|(_, &len)| len == 0).try_fold(view, |view, (dim, _)| view.narrow(dim, 0, 0))
+}
+
+/// A copy in the processor's memory, where candle's own ops take sizes of zero too: on a GPU they launch nothing for
+/// nothing (`LaunchConfig::for_num_elems`), which the driver refuses.
+pub fn host(linear: &Linear) -> Result<Linear> {
+    let copy = |t: &Tensor| t.to_device(&Device::Cpu);
+    Ok(Linear::new(copy(linear.weight())?, linear.bias().map(copy).transpose()?))
+}
+
+/// Likewise.
+pub fn host_gate_up(gate_up: &GateUp) -> Result<GateUp> {
+    Ok(match gate_up {
+        GateUp::Separate { gate, up } => GateUp::Separate { gate: host(gate)?, up: host(up)? },
+        GateUp::Packed { linear, order } => GateUp::Packed { linear: host(linear)?, order: *order },
+    })
 }
 
 /// `linear` in another dtype, its tensors contiguous.
@@ -78,7 +104,7 @@ pub fn exact_swiglu(xs: &Tensor, gate_up: &GateUp, down: &Linear, activation: Ac
 
 /// Every value as f64, in order.
 pub fn values(tensor: &Tensor) -> Result<Vec<f64>> {
-    tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
+    tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
 }
 
 /// `|found - exact| / |exact|` in the l2 norm; NaN anywhere counts as infinite.
