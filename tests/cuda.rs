@@ -93,7 +93,7 @@ fn every_kernel() -> Result<()> {
 fn many_tokens() -> Result<()> {
     let device = &Device::new_cuda(0)?;
     let sizes =
-        [(72, 200, 40), (576, 1536, 576), (264, 1000, 520), (768, 3072, 768), (1024, 2816, 1000), (128, 8256, 4096)];
+        [(72, 200, 40), (576, 1536, 576), (264, 1000, 520), (768, 3072, 768), (1024, 2816, 1000), (128, 4160, 1024)];
     for dtype in [DType::BF16, DType::F16, DType::F32] {
         for (i, (hidden, intermediate, out)) in sizes.into_iter().enumerate() {
             let random = &mut Random::new(20 + i as u64);
