@@ -119,7 +119,7 @@ int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path)
   const bool apart = (args.tokens <= 1 || args.x_stride >= args.hidden_size) && args.gate_stride >= args.hidden_size &&
                      (!args.gated || args.up_stride >= args.hidden_size) && args.down_stride >= args.intermediate_size;
   const bool can_hopper =
-      can_depend && apart && can_decode_hopper(device, args.dtype, args.hidden_size, args.intermediate_size);
+      can_depend && apart && can_decode_hopper(device, args.dtype, args.tokens, args.hidden_size, args.intermediate_size);
   const bool can_resident = can_hopper && can_decode_resident(device, args);
   const int best = can_resident ? FUSED_MLP_PATH_RESIDENT
                    : can_hopper ? FUSED_MLP_PATH_HOPPER

@@ -15,10 +15,9 @@
 // token's column is computed alike whatever is beside it. So a row has the same bits in any company, and on any run
 // (decode_hopper.cuh says how sums are cut).
 //
-// f32 is multiplied on the same tensor cores, which take 11 bits of a fraction: each number is the sum of a high part of so many
+// f32 is multiplied on tensor cores, too, which take 11 bits of a fraction: each number is the sum of a high part of so many
 // bits and a low one, and a product is low high + high low + high high; low low, 2^-22 of it, is left out. Tensor cores cut
-// off bits where they add, so each chunk's sums start from zero, small terms first, and are added in f32. Weights are parted
-// in registers, tokens in shared memory, beside what the copy brought.
+// off bits where they add, so each chunk's sums start from zero, small terms by themselves, and are added in f32.
 //
 // No deadlock, whatever is resident: a block waits for the hidden rows only. Slice b of the first layer belongs to
 // whoever claims it with an atomic, normally block b, whose first copies are under way meanwhile. A block whose wait is
@@ -44,6 +43,7 @@ constexpr int TILE_GROUPS = 8;
 [[maybe_unused]] constexpr int TILE_ROWS = GROUP * TILE_GROUPS;
 constexpr int PASS_GROUPS = WARPGROUPS * TILE_GROUPS;
 constexpr int MAX_SLOTS = 16;
+constexpr int MOST_F32_TOKENS = 16; // more are the many-token kernels'
 constexpr int MOST_SHARED_TOKENS = 16; // up to which a pass of the first layer has 64 rows: wider ones leave short copies
 constexpr int ROUND_TOKENS = 16; // that the first layer rounds off at a time
 constexpr int ROUND_PITCH = CONSUMERS + 4; // floats of one token's sums; 4 mod 32 keeps the stores off one bank
@@ -78,9 +78,6 @@ struct HopperPlan {
 struct Maps {
   CUtensorMap x, gate, up, hidden, down;
 };
-
-// The places that a stage has for its tokens: as they are, and in f32 for their low parts.
-template <typename T> __host__ __device__ constexpr int token_places() { return std::is_same_v<T, float> ? 2 : 1; }
 
 #ifdef FUSED_MLP_HOPPER
 
@@ -132,52 +129,58 @@ __device__ __forceinline__ unsigned low_part(float v) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(low) : "f"(v - high_part(v)));
   return low;
 }
-__device__ __forceinline__ void store_low_parts(unsigned to, unsigned from) {
-  const uint4 v = load_shared_16(from);
-  auto low = [](unsigned bits) { return low_part(__uint_as_float(bits)); };
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(low(v.x)), "r"(low(v.y)), "r"(low(v.z)),
-               "r"(low(v.w))
-               : "memory");
+__device__ __forceinline__ float load_shared(unsigned address) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+  return v;
 }
-
-// `multiply` of a chunk of f32: the chunk's sums, added to `sums`.
-template <int NT>
-__device__ __forceinline__ void multiply_f32(float (&sums)[NT / 2], unsigned weights, unsigned group_bytes, unsigned tokens,
-                                             unsigned low_tokens, bool accumulate) {
-  constexpr int STEPS = 4; // of eight elements of depth
+// d (16 x 8) += a (16 x 8) b (8 x 8)^T; a thread holds of d what a warpgroup's product gives it.
+__device__ __forceinline__ void add_product(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// The products of one chunk of f32 for each of some tiles: 64 rows with all tokens, whose sums are of that chunk alone. A
+// warpgroup's products of so few columns take as long as those of many, and its warps' own do not.
+template <int NT, int TILES>
+__device__ __forceinline__ void multiply_f32(float (&sums)[TILES][NT / 2], const unsigned (&weights)[TILES],
+                                             unsigned group_bytes, const unsigned (&tokens)[TILES]) {
+  constexpr int COLUMNS = NT / GROUP;
   const int warp = threadIdx.x >> 5 & 3, row = threadIdx.x >> 2 & 7, column = threadIdx.x & 3;
-  unsigned high[STEPS][4], low[STEPS][4];
+  float large[TILES][COLUMNS][4] = {}, small[TILES][COLUMNS][4] = {};
 #pragma unroll
-  for (int k = 0; k < STEPS; ++k)
+  for (int k = 0; k < 4; ++k) // eight elements of depth: two pieces of 16 bytes
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float v;
-      const unsigned piece = (2 * k + (i >> 1)) ^ row;
-      asm volatile("ld.shared.f32 %0, [%1];"
-                   : "=f"(v)
-                   : "r"(weights + (2 * warp + (i & 1)) * group_bytes + row * SWIZZLE_BYTES + piece * 16 + column * 4)
-                   : "memory");
-      high[k][i] = __float_as_uint(high_part(v));
-      low[k][i] = low_part(v);
+    for (int tile = 0; tile < TILES; ++tile) {
+      auto at = [&](unsigned group, int piece) {
+        return group + row * SWIZZLE_BYTES + ((2 * k + piece) ^ row) * 16 + column * 4;
+      };
+      unsigned high[4], low[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float v = load_shared(at(weights[tile] + (2 * warp + (i & 1)) * group_bytes, i >> 1));
+        high[i] = __float_as_uint(high_part(v));
+        low[i] = low_part(v);
+      }
+#pragma unroll
+      for (int j = 0; j < COLUMNS; ++j) {
+        unsigned b[2], low_b[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float v = load_shared(at(tokens[tile] + j * CHUNK_GROUP, i));
+          b[i] = __float_as_uint(high_part(v));
+          low_b[i] = low_part(v);
+        }
+        add_product(small[tile][j], low, b);
+        add_product(small[tile][j], high, low_b);
+        add_product(large[tile][j], high, b);
+      }
     }
-  const unsigned long long b = tile_descriptor(tokens, CHUNK_GROUP), low_b = tile_descriptor(low_tokens, CHUNK_GROUP);
-  float part[NT / 2];
-  products_begin();
 #pragma unroll
-  for (int k = 0; k < STEPS; ++k)
-    WarpgroupProductTf32<NT>::add(part, low[k], b + 2 * k, k > 0);
+  for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-  for (int k = 0; k < STEPS; ++k)
-    WarpgroupProductTf32<NT>::add(part, high[k], low_b + 2 * k, 1);
-#pragma unroll
-  for (int k = 0; k < STEPS; ++k)
-    WarpgroupProductTf32<NT>::add(part, high[k], b + 2 * k, 1);
-  products_commit();
-  products_wait<0>();
-  pin(part);
-#pragma unroll
-  for (int i = 0; i < NT / 2; ++i)
-    sums[i] = accumulate ? sums[i] + part[i] : part[i];
+    for (int i = 0; i < NT / 2; ++i)
+      sums[tile][i] = large[tile][i / 4][i % 4] + small[tile][i / 4][i % 4];
 }
 
 // Asks for the weights of one stage, `groups` groups from `row` on: gate rows, then up rows.
@@ -187,7 +190,7 @@ __device__ __forceinline__ void copy_weights(const Ring &ring, unsigned to, cons
     copy_chunks(to + g * layer.group_distance, map, row + g * GROUP, chunk, ring.barrier(), policy);
 }
 
-template <typename T, int NT>
+template <int NT>
 __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &plan, const Maps &maps, Stage *stages,
                                         Ring ring) {
   const LayerPlan &first = plan.first;
@@ -195,10 +198,8 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
   const unsigned long long weights_policy = evict_first_policy(), tokens_policy = evict_last_policy();
   const int set = blockIdx.x / plan.parts, part = blockIdx.x - set * plan.parts;
   const bool has_rows = set < plan.sets;
-  // What a copy brings of the tokens; the place that they have is for their low parts too.
   const int first_token_bytes = first.stage_chunks * NT * SWIZZLE_BYTES;
   const int second_token_bytes = second.stage_chunks * NT * SWIZZLE_BYTES;
-  constexpr int PLACES = token_places<T>();
 
   // Asks for the passes over groups [group, end) of the first layer.
   auto produce_first = [&](int group, int end, bool deliver) {
@@ -217,7 +218,7 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
         const int matrices = shape.gated ? 2 : 1;
         barrier_arrive_expect(ring.barrier(), first_token_bytes + matrices * groups * first.group_distance);
         copy_chunks(ring.at(), &maps.x, 0, chunk, ring.barrier(), tokens_policy);
-        const unsigned to = ring.at() + PLACES * first_token_bytes;
+        const unsigned to = ring.at() + first_token_bytes;
         copy_weights(ring, to, first, &maps.gate, group * GROUP, groups, chunk, weights_policy);
         if (shape.gated)
           copy_weights(ring, to + groups * first.group_distance, first, &maps.up, group * GROUP, groups, chunk,
@@ -263,7 +264,7 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
   auto ask_weights = [&](const Cursor &at) {
     ring.wait_until_empty();
     barrier_expect(ring.barrier(), groups_of(at) * second.group_distance);
-    copy_weights(ring, ring.at() + PLACES * second_token_bytes, second, &maps.down, at.group * GROUP, groups_of(at), chunk_of(at),
+    copy_weights(ring, ring.at() + second_token_bytes, second, &maps.down, at.group * GROUP, groups_of(at), chunk_of(at),
                  weights_policy);
   };
   auto ask_tokens = [&](const Cursor &at) {
@@ -364,7 +365,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   if (warp == CONSUMERS / 32) {
     // The first round of the ring finds its slots empty.
     if (lane == 0)
-      produce<T, NT>(shape, plan, maps, stages, {ring, full, empty, plan.slots, plan.slot_bytes, 0, 1});
+      produce<NT>(shape, plan, maps, stages, {ring, full, empty, plan.slots, plan.slot_bytes, 0, 1});
     return;
   }
 
@@ -423,50 +424,72 @@ __global__ void __launch_bounds__(THREADS, 1)
     // One tile's sums are in acc[0], two tiles' or two parities' in acc[0] and acc[1], two tiles' of two parities in all four.
     const int first_chunk = stage.first_chunk_and_chunks >> 16, chunks = stage.first_chunk_and_chunks & 0xffff;
     const unsigned tokens = ring + slot * plan.slot_bytes,
-                   low_tokens = tokens + layer.stage_chunks * NT * SWIZZLE_BYTES,
-                   weights = tokens + token_places<T>() * layer.stage_chunks * NT * SWIZZLE_BYTES +
-                             row_tile / GROUP * layer.group_distance;
+                   weights = tokens + layer.stage_chunks * NT * SWIZZLE_BYTES + row_tile / GROUP * layer.group_distance;
+    const bool one_matrix = is_second || !shape.gated || packed;
+    const int up = (end - begin + GROUP - 1) / GROUP * layer.group_distance;
+    const int mine = (chunks_shared ? first_chunk ^ warpgroup : first_chunk) & 1;
     if constexpr (IS_F32) {
-      for (int i = 16 * threadIdx.x; i < chunks * NT * SWIZZLE_BYTES; i += 16 * CONSUMERS)
-        store_low_parts(low_tokens + i, tokens + i);
-      fence_copies();
-      consumers_meet();
-    }
-    auto add = [&](float(&sums)[SUMS], int c, int offset, bool &has_begun) {
-      const unsigned rows = weights + c * CHUNK_GROUP + offset, at = c * NT * SWIZZLE_BYTES;
-      if constexpr (IS_F32)
-        multiply_f32<NT>(sums, rows, layer.group_distance, tokens + at, low_tokens + at, has_begun);
-      else
-        multiply<T, NT>(sums, rows, layer.group_distance, tokens + at, CHUNK_GROUP, has_begun);
-      has_begun = true;
-    };
-    if (is_second || !shape.gated || packed) {
-      // Even chunks, odd chunks: one warpgroup each, or one sum each.
-      const int mine = (chunks_shared ? first_chunk ^ warpgroup : first_chunk) & 1;
-      if constexpr (!IS_F32)
-        products_begin();
-      for (int c = mine; c < chunks; c += 2)
-        add(acc[0], c, 0, begun[0]);
-      if (!chunks_shared)
-        for (int c = 1 - mine; c < chunks; c += 2)
-          add(acc[1], c, 0, begun[1]);
-    } else {
-      const int up = (end - begin + GROUP - 1) / GROUP * layer.group_distance;
-      if constexpr (!IS_F32)
-        products_begin();
-      const int mine = (chunks_shared ? first_chunk ^ warpgroup : first_chunk) & 1;
-      for (int c = mine; c < chunks; c += 2) {
-        add(acc[0], c, 0, begun[0]);
-        add(acc[1], c, up, begun[1]);
-      }
-      if constexpr (KEPT == 4)
+      // Two tiles' products at a time: of one chunk gate and up, or else of two chunks.
+      auto add_parts = [&](float(&sums)[SUMS], const float(&part)[SUMS], bool &has_begun) {
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i)
+          sums[i] = has_begun ? sums[i] + part[i] : part[i];
+        has_begun = true;
+      };
+      auto rows_at = [&](int c) { return weights + c * CHUNK_GROUP; };
+      auto tokens_at = [&](int c) { return tokens + c * NT * SWIZZLE_BYTES; };
+      auto add_chunks = [&](float(&sums)[SUMS], int from, bool &has_begun) {
+        int c = from;
+        for (; c + 2 < chunks; c += 4) {
+          float part[2][SUMS];
+          multiply_f32<NT, 2>(part, {rows_at(c), rows_at(c + 2)}, layer.group_distance, {tokens_at(c), tokens_at(c + 2)});
+          add_parts(sums, part[0], has_begun);
+          add_parts(sums, part[1], has_begun);
+        }
+        if (c < chunks) {
+          float part[1][SUMS];
+          multiply_f32<NT, 1>(part, {rows_at(c)}, layer.group_distance, {tokens_at(c)});
+          add_parts(sums, part[0], has_begun);
+        }
+      };
+      if (one_matrix) {
+        add_chunks(acc[0], mine, begun[0]);
         if (!chunks_shared)
-          for (int c = 1 - mine; c < chunks; c += 2) {
-            add(acc[2], c, 0, begun[2]);
-            add(acc[3], c, up, begun[3]);
-          }
-    }
-    if constexpr (!IS_F32) {
+          add_chunks(acc[1], 1 - mine, begun[1]);
+      } else {
+        for (int c = mine; c < chunks; c += 2) {
+          float part[2][SUMS];
+          multiply_f32<NT, 2>(part, {rows_at(c), rows_at(c) + up}, layer.group_distance, {tokens_at(c), tokens_at(c)});
+          add_parts(acc[0], part[0], begun[0]);
+          add_parts(acc[1], part[1], begun[1]);
+        }
+      }
+    } else {
+      auto add = [&](float(&sums)[SUMS], int c, int offset, bool &has_begun) {
+        multiply<T, NT>(sums, weights + c * CHUNK_GROUP + offset, layer.group_distance, tokens + c * NT * SWIZZLE_BYTES,
+                        CHUNK_GROUP, has_begun);
+        has_begun = true;
+      };
+      products_begin();
+      if (one_matrix) {
+        // Even chunks, odd chunks: one warpgroup each, or one sum each.
+        for (int c = mine; c < chunks; c += 2)
+          add(acc[0], c, 0, begun[0]);
+        if (!chunks_shared)
+          for (int c = 1 - mine; c < chunks; c += 2)
+            add(acc[1], c, 0, begun[1]);
+      } else {
+        for (int c = mine; c < chunks; c += 2) {
+          add(acc[0], c, 0, begun[0]);
+          add(acc[1], c, up, begun[1]);
+        }
+        if constexpr (KEPT == 4)
+          if (!chunks_shared)
+            for (int c = 1 - mine; c < chunks; c += 2) {
+              add(acc[2], c, 0, begun[2]);
+              add(acc[3], c, up, begun[3]);
+            }
+      }
       products_commit();
       products_wait<0>();
     }
@@ -638,21 +661,26 @@ template <typename T> Kernel kernel_of(int token_rows) {
   default: return decode_hopper_kernel<T, 64>;
   }
 }
+template <> Kernel kernel_of<float>(int token_rows) {
+  return token_rows == 8 ? decode_hopper_kernel<float, 8> : decode_hopper_kernel<float, MOST_F32_TOKENS>;
+}
 Kernel kernel_of(int dtype, int token_rows) {
   return dtype == FUSED_MLP_BF16  ? kernel_of<__nv_bfloat16>(token_rows)
          : dtype == FUSED_MLP_F16 ? kernel_of<__half>(token_rows)
                                   : kernel_of<float>(token_rows);
 }
 
+int most_tokens(int dtype) { return dtype == FUSED_MLP_F32 ? MOST_F32_TOKENS : MAX_TOKENS; }
 int token_rows_of(int tokens) { return tokens <= 8 ? 8 : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64; }
 
 int dynamic_limit(const DeviceFacts &device) { return device.shared_bytes_per_block - 1024; }
 
 } // namespace
 
-bool can_decode_hopper(const DeviceFacts &device, int dtype, int hidden_size, int intermediate_size) {
+bool can_decode_hopper(const DeviceFacts &device, int dtype, int tokens, int hidden_size, int intermediate_size) {
   const int chunk = SWIZZLE_BYTES / map_element_bytes(dtype);
-  return device.hopper && hidden_size % chunk == 0 && intermediate_size % chunk == 0;
+  return device.hopper && (tokens <= most_tokens(dtype) || dtype != FUSED_MLP_F32) && hidden_size % chunk == 0 &&
+         intermediate_size % chunk == 0;
 }
 
 unsigned long long decode_hopper_partial_elements(int output_size) {
@@ -669,7 +697,7 @@ int prepare_decode_hopper(DeviceFacts &device) {
   if (!device.hopper)
     return FUSED_MLP_OK;
   for (int dtype = FUSED_MLP_BF16; dtype <= FUSED_MLP_F32; ++dtype)
-    for (int rows = 8; rows <= MAX_TOKENS; rows *= 2) {
+    for (int rows = 8; rows <= most_tokens(dtype); rows *= 2) {
       const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel_of(dtype, rows)),
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic_limit(device));
       if (error != cudaSuccess)
@@ -685,7 +713,7 @@ int launch_decode_hopper(const Shape &shape, int dtype, const DeviceFacts &devic
   const int chunk = SWIZZLE_BYTES / map_element_bytes(dtype);
   HopperPlan plan;
   // Functions of the weights' shape and the GPU alone: they decide the order of the additions.
-  const int token_bytes = (is_f32 ? token_places<float>() : 1) * token_rows * SWIZZLE_BYTES;
+  const int token_bytes = token_rows * SWIZZLE_BYTES;
   const int first_chunks = shape.hidden_size / chunk;
   plan.first = plan_layer(shape.intermediate_size, blocks, shape.gated ? 2 : 1, first_chunks, first_chunks, token_bytes,
                           token_rows > MOST_SHARED_TOKENS && !is_f32 ? PASS_GROUPS : TILE_GROUPS);
@@ -712,8 +740,9 @@ int launch_decode_hopper(const Shape &shape, int dtype, const DeviceFacts &devic
   // A ring that held nearly all of a block's weights would ask for down rows while others still wait for their first ones.
   const long long block_bytes = 1ll * map_element_bytes(dtype) * (shape.gated ? 3 : 2) * shape.hidden_size *
                                 shape.intermediate_size / blocks;
-  if (block_bytes < MOST_BLOCK_BYTES_OF_SMALL && plan.slots > MOST_RING_BYTES_OF_SMALL / plan.slot_bytes)
-    plan.slots = MOST_RING_BYTES_OF_SMALL / plan.slot_bytes;
+  const int few = MOST_RING_BYTES_OF_SMALL / plan.slot_bytes < 3 ? 3 : MOST_RING_BYTES_OF_SMALL / plan.slot_bytes;
+  if (token_rows <= MOST_SHARED_TOKENS && block_bytes < MOST_BLOCK_BYTES_OF_SMALL && plan.slots > few)
+    plan.slots = few;
   // No more slots than one block has stages: beside a small ring there is room for a block of the next launch.
   const int stages = plan.first.passes * plan.first.sum_stages + plan.second.passes * plan.second.sum_stages;
   if (plan.slots > stages)

@@ -58,7 +58,8 @@ struct Product {
 //   SPLIT: parts of a tile's depth, a block of the cluster each, whose sums are added in the order of the blocks
 //   LINKS: two clusters for a tile, the first of which hands its sums of half of the depth to the second through memory: a
 //   multiprocessor in ten is left over by clusters of four
-template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, bool PINGPONG_, int SHARE_, int PEERS_, int SPLIT_, int LINKS_ = 1>
+template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, bool PINGPONG_, int SHARE_, int PEERS_, int SPLIT_,
+          int LINKS_ = 1>
 struct Tile : Warpgroups<ROWS_ == 192 ? 3 : 2> {
   using Warpgroups<ROWS_ == 192 ? 3 : 2>::CONSUMERS;
   using T = T_;
@@ -70,7 +71,7 @@ struct Tile : Warpgroups<ROWS_ == 192 ? 3 : 2> {
   static constexpr int OUT_COLUMNS = GATED ? COLUMNS / 2 : COLUMNS;
   static constexpr int PARTS = ROWS / (PINGPONG ? 64 : 64 * CONSUMERS); // products of 64 rows in a warpgroup
   static constexpr int SUMS = COLUMNS / 2;                              // of a thread, per part
-  static constexpr int BOXES = SHARE > 2 ? SHARE : 2; // in which a tile's weights are copied
+  static constexpr int BOXES = 2; // in which a tile's weights are copied
   static constexpr int ROW_BYTES = ROWS * SWIZZLE_BYTES, BOX_BYTES = COLUMNS / BOXES * SWIZZLE_BYTES;
   static constexpr int STAGE_BYTES = ROW_BYTES + BOXES * BOX_BYTES;
   // Columns that a warp writes at once, from one of two buffers of its own; where blocks share the writing, as few as
@@ -84,6 +85,7 @@ struct Tile : Warpgroups<ROWS_ == 192 ? 3 : 2> {
   static constexpr int TOTAL_BYTES = SWIZZLE_ALIGN + STAGES * STAGE_BYTES + WRITE_BYTES + BIAS_BYTES + 16 * STAGES;
   static_assert((PARTS == 1 || PARTS == 2) && COLUMNS % 16 == 0 && OUT_COLUMNS % 16 == 0,
                 "a tile is whole products and whole stores");
+  static_assert(SHARE <= BOXES && PEERS <= 2, "a block copies a box at least");
   static_assert(LINKS == 1 || (LINKS == 2 && SPLIT == 1 && !PINGPONG), "one tile a block, all warpgroups at it");
   static_assert(SPLIT == 1 || (!PINGPONG && ROWS * COLUMNS * 4 <= STAGES * STAGE_BYTES), "sums meet in the stages");
 };
@@ -278,7 +280,9 @@ template <class K> struct Ring {
   __device__ unsigned rows(int stage) const { return base + stage * K::STAGE_BYTES; }
   __device__ unsigned weights(int stage) const { return rows(stage) + K::ROW_BYTES; }
   __device__ unsigned outbox(int warp) const { return rows(K::STAGES) + warp * 2 * K::CHUNK_BYTES; }
-  __device__ unsigned biases(int consumer) const { return outbox(4 * K::CONSUMERS) + consumer * K::COLUMNS * int(sizeof(typename K::T)); }
+  __device__ unsigned biases(int consumer) const {
+    return outbox(4 * K::CONSUMERS) + consumer * K::COLUMNS * static_cast<int>(sizeof(typename K::T));
+  }
   __device__ unsigned full(int stage) const { return biases(K::CONSUMERS) + 8 * stage; }
   __device__ unsigned empty(int stage) const { return full(stage) + 8 * K::STAGES; }
 };
@@ -497,8 +501,9 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
         barrier_arrive(ring.empty(stage));
     } else if (thread < K::SHARE + K::PEERS - 1) {
       // Every block that copies into this one's stages.
-      const unsigned block = thread < K::SHARE ? at.rank_of(thread, at.peer, at.split)
-                                               : at.rank_of(at.share, (at.peer + thread - K::SHARE + 1) % K::PEERS, at.split);
+      const unsigned block = thread < K::SHARE
+                                 ? at.rank_of(thread, at.peer, at.split)
+                                 : at.rank_of(at.share, (at.peer + thread - K::SHARE + 1) % K::PEERS, at.split);
       barrier_arrive_in_cluster(cluster_address(ring.empty(stage), block));
     }
   };

@@ -21,12 +21,12 @@ template <bool GATED_, int COLUMNS_, int SPLIT_> struct PartedTile : Warpgroups<
   static constexpr int BOXES = 2;
   static constexpr int ROW_BYTES = ROWS * SWIZZLE_BYTES, BOX_BYTES = COLUMNS / BOXES * SWIZZLE_BYTES;
   static constexpr int STAGE_BYTES = ROW_BYTES + 2 * BOXES * BOX_BYTES;
-  static constexpr int CHUNK = 0, CHUNK_BYTES = 0;
+  static constexpr int CHUNK = 0, CHUNK_BYTES = 16 * CHUNK * 4; // written from registers
   static constexpr int BIAS_BYTES = CONSUMERS * COLUMNS * sizeof(T);
   static constexpr int FIT = (SHARED_BYTES - SWIZZLE_ALIGN - BIAS_BYTES - 256) / STAGE_BYTES;
   static constexpr int STAGES = FIT < 8 ? FIT : 8;
-  static constexpr int TOTAL_BYTES = SWIZZLE_ALIGN + STAGES * STAGE_BYTES + BIAS_BYTES + 24 * STAGES;
-  static_assert(SPLIT == 1 || ROWS * COLUMNS * 4 <= STAGES * STAGE_BYTES, "sums meet in the stages");
+  static constexpr int TOTAL_BYTES = SWIZZLE_ALIGN + STAGES * STAGE_BYTES + 8 * CHUNK_BYTES + BIAS_BYTES + 24 * STAGES;
+  static_assert(SPLIT == 1 || CONSUMERS * WARPGROUP * SUMS * 4 <= STAGES * STAGE_BYTES, "sums meet in the stages");
 };
 
 #ifdef FUSED_MLP_HOPPER

@@ -227,8 +227,6 @@ template <typename T, int N> struct WarpgroupProduct;
                     FUSED_MLP_F32(0))                                                                                  \
   FUSED_MLP_PRODUCT(T, NAME, 96, FUSED_MLP_FORTY "%40,%41,%42,%43,%44,%45,%46,%47", "%48", "%49", "%50", FUSED_MLP_F32(0),    \
                     FUSED_MLP_F16(32))                                                                                 \
-  FUSED_MLP_PRODUCT(T, NAME, 112, FUSED_MLP_FORTY FUSED_MLP_TEN(4) "%50,%51,%52,%53,%54,%55", "%56", "%57", "%58",              \
-                    FUSED_MLP_F32(0), FUSED_MLP_F16(32), FUSED_MLP_F8(48))                                             \
   FUSED_MLP_PRODUCT(T, NAME, 128, FUSED_MLP_FORTY FUSED_MLP_TEN(4) FUSED_MLP_TEN(5) "%60,%61,%62,%63", "%64", "%65", "%66",   \
                     FUSED_MLP_F64(0))                                                                                  \
   FUSED_MLP_PRODUCT(T, NAME, 144, FUSED_MLP_SEVENTY "%70,%71", "%72", "%73", "%74", FUSED_MLP_F64(0), FUSED_MLP_F8(64))       \
@@ -262,9 +260,6 @@ template <int N> struct WarpgroupProductTf32;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                             \
     }                                                                                                                  \
   };
-FUSED_MLP_PRODUCT(8, "%0,%1,%2,%3", "%4,%5,%6,%7", "%8", "%9", FUSED_MLP_F4(0))
-FUSED_MLP_PRODUCT(16, "%0,%1,%2,%3,%4,%5,%6,%7", "%8,%9,%10,%11", "%12", "%13", FUSED_MLP_F8(0))
-FUSED_MLP_PRODUCT(32, FUSED_MLP_TEN() "%10,%11,%12,%13,%14,%15", "%16,%17,%18,%19", "%20", "%21", FUSED_MLP_F16(0))
 FUSED_MLP_PRODUCT(64, FUSED_MLP_TEN() FUSED_MLP_TEN(1) FUSED_MLP_TEN(2) "%30,%31", "%32,%33,%34,%35", "%36", "%37",
                   FUSED_MLP_F32(0))
 FUSED_MLP_PRODUCT(96, FUSED_MLP_FORTY "%40,%41,%42,%43,%44,%45,%46,%47", "%48,%49,%50,%51", "%52", "%53",

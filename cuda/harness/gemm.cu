@@ -432,10 +432,8 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
           break;
         if ((v.split > 1 || v.links > 1) && tokens > 512)
           continue;
-        if (v.gated == !!shape.gated)
+        if (v.gated == !!shape.gated && v.links == 1) // what its clusters meet at is cleared by a first product
           firsts.push_back({name_of(v), [&](int i) { CUDA_OK(v.enqueue(operands(true, i), Graph::stream())); }, {}});
-        if (v.links > 1 && shape.gated == false && firsts.size() > 0 && firsts.back().name == name_of(v))
-          firsts.pop_back();
         if (!v.gated)
           seconds.push_back({name_of(v), [&](int i) { CUDA_OK(v.enqueue(operands(false, i), Graph::stream())); }, {}});
       }
