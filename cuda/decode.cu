@@ -66,16 +66,17 @@ unsigned long long round_up(unsigned long long v, unsigned long long to) { retur
 
 struct WorkspaceLayout {
   unsigned long long hidden_stride; // elements
-  unsigned long long hidden, exchange, partial, bytes; // offsets, total
+  unsigned long long exchange, hidden, partial, bytes; // offsets, total
 };
 
 WorkspaceLayout layout_of(const FusedMlpArgs &args) {
   WorkspaceLayout layout;
   layout.hidden_stride = round_up(args.intermediate_size, 64);
-  layout.hidden = round_up(sizeof(Counters), 256);
-  layout.exchange =
+  // What outlives a launch has the same place whatever the sizes are; the rest is any launch's to write over.
+  layout.exchange = round_up(sizeof(Counters), 256);
+  layout.hidden = round_up(layout.exchange + 2 * RESIDENT_ELEMENTS * sizeof(unsigned short), 256);
+  layout.partial =
       round_up(layout.hidden + MAX_TOKENS * layout.hidden_stride * element_bytes(args.dtype), 256);
-  layout.partial = round_up(layout.exchange + 2 * RESIDENT_ELEMENTS * sizeof(unsigned short), 256);
   const unsigned long long direct = decode_direct_partial_elements(args.output_size),
                            hopper = decode_hopper_partial_elements(args.output_size);
   layout.bytes = layout.partial + sizeof(float) * (direct > hopper ? direct : hopper);

@@ -496,6 +496,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int i = 0; i < KEPT; ++i)
       pin(acc[i]);
+    __syncwarp(); // f32 was read by the lanes themselves
     if (lane == 0)
       barrier_arrive(empty + 8 * slot);
     if (++slot == plan.slots) {
