@@ -140,11 +140,12 @@ __device__ __forceinline__ void add_product(float (&d)[4], const unsigned (&a)[4
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// The products of one chunk of f32 for each of some tiles: 64 rows with all tokens, whose sums are of that chunk alone. A
+// The products of one chunk of f32 for each of some tiles: 64 rows with all tokens, whose sums are of that chunk alone. Of
+// fewer groups of rows than eight the last stands for those that are not there, and its sums go nowhere. A
 // warpgroup's products of so few columns take as long as those of many, and its warps' own do not.
 template <int NT, int TILES>
 __device__ __forceinline__ void multiply_f32(float (&sums)[TILES][NT / 2], const unsigned (&weights)[TILES],
-                                             unsigned group_bytes, const unsigned (&tokens)[TILES]) {
+                                             unsigned group_bytes, int groups, const unsigned (&tokens)[TILES]) {
   constexpr int COLUMNS = NT / GROUP;
   const int warp = threadIdx.x >> 5 & 3, row = threadIdx.x >> 2 & 7, column = threadIdx.x & 3;
   float large[TILES][COLUMNS][4] = {}, small[TILES][COLUMNS][4] = {};
@@ -158,7 +159,7 @@ __device__ __forceinline__ void multiply_f32(float (&sums)[TILES][NT / 2], const
       unsigned high[4], low[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float v = load_shared(at(weights[tile] + (2 * warp + (i & 1)) * group_bytes, i >> 1));
+        const float v = load_shared(at(weights[tile] + min(2 * warp + (i & 1), groups - 1) * group_bytes, i >> 1));
         high[i] = __float_as_uint(high_part(v));
         low[i] = low_part(v);
       }
@@ -436,30 +437,35 @@ __global__ void __launch_bounds__(THREADS, 1)
           sums[i] = has_begun ? sums[i] + part[i] : part[i];
         has_begun = true;
       };
+      // Groups of rows in the warpgroup's tile; in a pass's last tile there may be none.
+      const int pass_groups = divide_up(end - begin, GROUP);
+      const int groups = packed && !is_second ? 2 * pass_groups : min(TILE_GROUPS, pass_groups - row_tile / GROUP);
       auto rows_at = [&](int c) { return weights + c * CHUNK_GROUP; };
       auto tokens_at = [&](int c) { return tokens + c * NT * SWIZZLE_BYTES; };
       auto add_chunks = [&](float(&sums)[SUMS], int from, bool &has_begun) {
         int c = from;
         for (; c + 2 < chunks; c += 4) {
           float part[2][SUMS];
-          multiply_f32<NT, 2>(part, {rows_at(c), rows_at(c + 2)}, layer.group_distance, {tokens_at(c), tokens_at(c + 2)});
+          multiply_f32<NT, 2>(part, {rows_at(c), rows_at(c + 2)}, layer.group_distance, groups,
+                              {tokens_at(c), tokens_at(c + 2)});
           add_parts(sums, part[0], has_begun);
           add_parts(sums, part[1], has_begun);
         }
         if (c < chunks) {
           float part[1][SUMS];
-          multiply_f32<NT, 1>(part, {rows_at(c)}, layer.group_distance, {tokens_at(c)});
+          multiply_f32<NT, 1>(part, {rows_at(c)}, layer.group_distance, groups, {tokens_at(c)});
           add_parts(sums, part[0], has_begun);
         }
       };
-      if (one_matrix) {
+      if (one_matrix && groups > 0) {
         add_chunks(acc[0], mine, begun[0]);
         if (!chunks_shared)
           add_chunks(acc[1], 1 - mine, begun[1]);
-      } else {
+      } else if (!one_matrix) {
         for (int c = mine; c < chunks; c += 2) {
           float part[2][SUMS];
-          multiply_f32<NT, 2>(part, {rows_at(c), rows_at(c) + up}, layer.group_distance, {tokens_at(c), tokens_at(c)});
+          multiply_f32<NT, 2>(part, {rows_at(c), rows_at(c) + up}, layer.group_distance, groups,
+                              {tokens_at(c), tokens_at(c)});
           add_parts(acc[0], part[0], begun[0]);
           add_parts(acc[1], part[1], begun[1]);
         }
