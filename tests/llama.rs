@@ -86,7 +86,7 @@ fn stories260k_tokens(device: &Device) -> Result<()> {
     let ids = tokenizer.encode(text.trim_start(), true).unwrap().get_ids().to_vec();
     assert_eq!(ids, [&[start], &expected[..]].concat(), "the tokenizer takes its own text apart otherwise");
 
-    for (dtype, tolerance) in [(DType::F16, 0.1), (DType::BF16, 0.8)] {
+    for (dtype, tolerance) in [(DType::F16, 0.2), (DType::BF16, 1.2)] {
         let model = stories(dtype, device)?.unwrap().1;
         for path in PATHS {
             let (ids, logits) = greedy(&model.with_mlp(path), &[start], expected.len())?;
@@ -123,7 +123,7 @@ fn graphs_write_the_same_text() -> Result<()> {
                 let mut ids: Vec<u32> = Vec::new();
                 for _ in 0..room - prompt.len() {
                     let difference = apart(&logits.to_vec1()?, &launched.to_vec1()?);
-                    let tolerance = if dtype == DType::F32 { 1e-4 } else { 0.8 };
+                    let tolerance = if dtype == DType::F32 { 1e-4 } else { 1.2 };
                     assert!(difference <= tolerance, "{dtype:?} {path:?}, token {}: {difference}", ids.len());
                     let id = logits.argmax(D::Minus1)?.to_scalar()?;
                     ids.push(id);
