@@ -190,7 +190,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         float value = activate(shape.activation, float(shape.activation_param), sum(plan.gate_row + unit - begin) + bias);
         if (shape.gated)
           value *= sum(plan.up_row + unit - begin) + bias_up;
-        store_element(buffer + t * shape.intermediate_size + unit, static_cast<unsigned short>(~bits_of(from_float<T>(value))));
+        const unsigned bits = ~bits_of(from_float<T>(value));
+        store_element(buffer + t * shape.intermediate_size + unit, static_cast<unsigned short>(bits));
       }
   };
   __syncthreads();
@@ -346,8 +347,9 @@ int slice_map(CUtensorMap *map, const Shape &shape, int dtype, const ResidentPla
 
 bool can_decode_resident(const DeviceFacts &device, const FusedMlpArgs &args) {
   const int hidden_size = args.hidden_size, intermediate_size = args.intermediate_size;
-  if (!device.hopper || args.dtype == FUSED_MLP_F32 || args.tokens > TOKENS || hidden_size % CHUNK != 0 || intermediate_size % CHUNK != 0 ||
-      1ll * TOKENS * intermediate_size > RESIDENT_ELEMENTS || hidden_size > MOST_BOX_CHUNKS * CHUNK)
+  if (!device.hopper || args.dtype == FUSED_MLP_F32 || args.tokens > TOKENS || hidden_size % CHUNK != 0 ||
+      intermediate_size % CHUNK != 0 || 1ll * TOKENS * intermediate_size > RESIDENT_ELEMENTS ||
+      hidden_size > MOST_BOX_CHUNKS * CHUNK)
     return false;
   if (args.gated) {
     const long long distance = static_cast<const char *>(args.up) - static_cast<const char *>(args.gate);
@@ -357,7 +359,8 @@ bool can_decode_resident(const DeviceFacts &device, const FusedMlpArgs &args) {
   const int blocks = decode_blocks(device), chunks = intermediate_size / CHUNK;
   ResidentPlan plan;
   const int bytes = plan_of(blocks, hidden_size, intermediate_size, args.gated, false, &plan);
-  return depth_parts(blocks, args.output_size, intermediate_size) == PARTS && PARTS * part_chunks(chunks, PARTS) == chunks && (args.gated ? 2 : 1) * plan.share <= TILE_GROUPS &&
+  return depth_parts(blocks, args.output_size, intermediate_size) == PARTS &&
+         PARTS * part_chunks(chunks, PARTS) == chunks && (args.gated ? 2 : 1) * plan.share <= TILE_GROUPS &&
          divide_up(args.output_size, GROUP) <= blocks && bytes <= device.shared_bytes_per_block - STATIC_BYTES;
 }
 
@@ -384,7 +387,8 @@ int launch_decode_resident(const Shape &shape, int dtype, const DeviceFacts &dev
   if (status == FUSED_MLP_OK)
     status = slice_map(&maps.first, shape, dtype, plan);
   if (status == FUSED_MLP_OK)
-    status = chunk_map(&maps.down, {shape.down, shape.output_size, n, shape.down_stride, 0, dtype, GROUP, plan.second_chunks, 1});
+    status = chunk_map(&maps.down,
+                       {shape.down, shape.output_size, n, shape.down_stride, 0, dtype, GROUP, plan.second_chunks, 1});
   if (status != FUSED_MLP_OK)
     return status;
 

@@ -21,6 +21,7 @@ pub struct Captured<'a> {
     state: State,
     _tables: Tables,
     _xs: Tensor,
+    _one: Tensor,
     id: Tensor,
     at: Tensor,
     logits: Tensor,
@@ -49,7 +50,7 @@ impl<'a> Captured<'a> {
         let token = capture(model, &mut step).context("a token's pass cannot be captured in a CUDA graph")?;
         let mlps =
             capture(model, &mut || model.all_mlps(&xs)).context("the MLPs cannot be captured in a CUDA graph")?;
-        Ok(Self { token, mlps, model, state, _tables: tables, _xs: xs, id, at, logits, position: 0 })
+        Ok(Self { token, mlps, model, state, _tables: tables, _xs: xs, _one: one, id, at, logits, position: 0 })
     }
 }
 

@@ -33,8 +33,8 @@ pub enum Kernel {
     /// Both layers in one launch, each multiprocessor's weights in its shared memory at once; on sm_90, for 1 to 8 tokens of bf16
     /// and f16 and small models whose weights fit there.
     DecodeResident,
-    /// Both layers in one launch, weights by tensor copies to warpgroup products; on sm_90, for all dtypes but f64 where all
-    /// rows lie on 16 bytes and are whole pieces of 128 bytes (64 elements, 32 in f32).
+    /// Both layers in one launch, weights by tensor copies to the tensor cores; on sm_90, for bf16 and f16 (and f32 up to 16
+    /// tokens) where all rows lie on 16 bytes and are whole pieces of 128 bytes.
     DecodeHopper,
     /// As [`Decode`](Self::Decode), in a launch that overlaps with the ones before and after it; from sm_90 on.
     DecodeDependent,
@@ -245,12 +245,12 @@ pub(crate) fn kernel_for(op: &str, workload: &Workload, gpu_id: usize) -> Result
     if !workload.rows_adjacent || !is_small {
         return Ok(Some(Kernel::Matmul));
     }
-    /// Stands for every tensor's address, which is only looked at, for its alignment.
+    /// Stands for the tensors' addresses, which are only looked at, for their alignment and distance.
     const ALIGNED: u64 = 256;
     let args = ffi::DecodeArgs {
         x: ALIGNED,
         gate: ALIGNED,
-        up: if gated { ALIGNED } else { 0 },
+        up: if gated { 2 * ALIGNED } else { 0 },
         down: ALIGNED,
         bias_gate: 0,
         bias_up: 0,
