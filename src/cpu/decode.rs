@@ -309,7 +309,7 @@ unsafe fn dots<K: Kernel, const R: usize, const N: usize, const U: usize>(
             let mut v = [zero; R];
             for r in 0..R {
                 if at % (line * ahead.passes) == 0 {
-                    K::prefetch(ahead.start.wrapping_add(r * ahead.row_stride + at / ahead.passes));
+                    K::prefetch_far(ahead.start.wrapping_add(r * ahead.row_stride + at / ahead.passes));
                 }
                 v[r] = K::elements(w[r].add(at));
             }
