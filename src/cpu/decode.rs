@@ -29,7 +29,7 @@ const CHUNK: usize = 12;
 /// Bytes of the operands that stay in the first cache while a chunk of rows is multiplied with them.
 const BLOCK_BYTES: usize = 16 << 10;
 /// How many groups of rows before their use their weights are asked for.
-const GROUPS_AHEAD: usize = 2;
+const GROUPS_AHEAD: usize = 4;
 /// How far prefetches run ahead of the one row being read, in bytes.
 const AHEAD: usize = 8 << 10;
 
