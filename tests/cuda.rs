@@ -261,7 +261,8 @@ fn two_streams_at_once() -> Result<()> {
                 (150, Kernel::Gemm),
                 (150, Kernel::Matmul),
             ];
-            let takes = |tokens, kernel| kernels(dtype, sizes).contains(&kernel) && tokens <= most_tokens(kernel, dtype);
+            let takes =
+                |tokens, kernel| kernels(dtype, sizes).contains(&kernel) && tokens <= most_tokens(kernel, dtype);
             for (tokens, kernel) in some.into_iter().filter(|&(tokens, kernel)| takes(tokens, kernel)) {
                 let xs = random.normal(&[tokens, sizes.0], 1., dtype, &device)?;
                 let expected = kernel.with(|| module.forward(&xs))?;

@@ -147,7 +147,7 @@ unsafe impl Kernel for Avx512Bf16 {
     }
     #[inline(always)]
     unsafe fn splat(from: *const u32) -> __m512i {
-        _mm512_set1_epi32(*from as i32)
+        _mm512_set1_epi32(from.read_unaligned() as i32)
     }
     #[inline(always)]
     unsafe fn transpose(rows: &mut [__m512i]) {

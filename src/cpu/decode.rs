@@ -29,7 +29,7 @@ const CHUNK: usize = 12;
 /// Bytes of the operands that stay in the first cache while a chunk of rows is multiplied with them.
 const BLOCK_BYTES: usize = 16 << 10;
 /// How many groups of rows before their use their weights are asked for.
-const GROUPS_AHEAD: usize = 2;
+const GROUPS_AHEAD: usize = 4;
 /// How far prefetches run ahead of the one row being read, in bytes.
 const AHEAD: usize = 8 << 10;
 
@@ -309,7 +309,7 @@ unsafe fn dots<K: Kernel, const R: usize, const N: usize, const U: usize>(
             let mut v = [zero; R];
             for r in 0..R {
                 if at % (line * ahead.passes) == 0 {
-                    K::prefetch(ahead.start.wrapping_add(r * ahead.row_stride + at / ahead.passes));
+                    K::prefetch_far(ahead.start.wrapping_add(r * ahead.row_stride + at / ahead.passes));
                 }
                 v[r] = K::elements(w[r].add(at));
             }

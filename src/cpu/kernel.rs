@@ -68,13 +68,27 @@ pub(crate) unsafe trait Kernel {
         Self::elements(buffer.as_ptr())
     }
 
-    /// Asks for the cache line at `at` to be brought into the caches; any address will do.
+    /// Asks for the cache line at `at` to be brought into the first cache; any address will do.
     #[inline(always)]
     fn prefetch(at: *const Self::Element) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a prefetch of any address is no access; SSE is part of x86-64.
         unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast())
+            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+            _mm_prefetch::<_MM_HINT_T0>(at.cast())
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = at;
+    }
+
+    /// The same, into the second cache only.
+    #[inline(always)]
+    fn prefetch_far(at: *const Self::Element) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        unsafe {
+            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T1};
+            _mm_prefetch::<_MM_HINT_T1>(at.cast())
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = at;

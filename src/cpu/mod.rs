@@ -25,12 +25,13 @@ use crate::parameters::{Matrix, Projection};
 use crate::Activation;
 use candle_core::{bail, DType, Layout, Result, WithDType};
 use decode::Decode;
-use gemm::Gemm;
+use gemm::{Ahead, Gemm, Weights};
 use half::{bf16, f16};
-use kernel::{Kernel, Plain, Widened};
+use kernel::{Kernel, Plain, Sum, Widened};
 use schedule::Schedule;
 use std::cell::Cell;
 use std::fmt;
+use std::sync::OnceLock;
 
 pub(crate) use real::Real;
 
@@ -257,16 +258,38 @@ pub(crate) fn gather<E: Copy>(op: &str, storage: &[E], layout: &Layout) -> Resul
 fn threads<E: Copy>(problem: &Problem<E>) -> usize {
     let operations = problem.weights().fold(0usize, |sum, w| sum.saturating_add(w.rows.saturating_mul(w.cols)));
     let operations = operations.saturating_mul(problem.xs.rows);
-    candle_core::utils::get_num_threads().min(operations / OPERATIONS_PER_THREAD).max(1)
+    candle_threads().min(operations / OPERATIONS_PER_THREAD).max(1)
+}
+
+/// candle's number of threads, asked for once: where no variable names it, candle reads the machine's description anew at
+/// each call, tens of microseconds, and rayon's pool keeps the size that it began with anyway.
+fn candle_threads() -> usize {
+    static THREADS: OnceLock<usize> = OnceLock::new();
+    *THREADS.get_or_init(candle_core::utils::get_num_threads)
 }
 
 /// A kernel together with the code that was compiled for its instructions.
 ///
 /// # Safety
-/// Implementors promise that both methods run on a processor that has [`Tier`]'s instructions.
+/// Implementors promise that [`decode`](Self::decode) and [`gemm`](Self::gemm) run on a processor that has
+/// [`Tier`]'s instructions.
 unsafe trait Compiled: Kernel + Sized {
-    /// Tokens and vectors of weights in a panel of [`Gemm`].
-    const PANEL: (usize, usize);
+    /// The rows of weights in a tile of [`Gemm`] with 1, 2 and more vectors of tokens.
+    const ROWS: &[usize];
+
+    /// [`gemm::multiply`] on a tile with so many vectors of tokens.
+    ///
+    /// # Safety
+    /// As for [`Kernel`].
+    unsafe fn multiply(
+        vectors: usize,
+        weights: Weights<Self::Operand>,
+        depth: usize,
+        xs: *const Self::Operand,
+        ahead: Ahead<Self::Element>,
+        sums: *mut Sum<Self>,
+        fresh: bool,
+    );
 
     /// Does tasks of [`Decode`] until none is left.
     ///
@@ -281,14 +304,35 @@ unsafe trait Compiled: Kernel + Sized {
     unsafe fn gemm(job: &Gemm<Self>, schedule: &Schedule);
 }
 
-/// Names, for a kernel: the instructions it is compiled for, its panel (tokens, vectors), and the rows of its
-/// dot products (of 2 to 4 tokens, of more, and whether these are taken in halves). They are as many as the registers
-/// hold, less one or two where the compiler would otherwise keep a sum in memory.
+/// Names, for a kernel: the instructions it is compiled for, its tiles (vectors of tokens, and rows of weights), and the
+/// rows of its dot products (of 2 to 4 tokens, of more, and whether these are taken in halves). They are as many as the
+/// vector registers hold, less one or two where the compiler would otherwise keep a sum in memory; more than 8 rows of a
+/// tile would need more addresses than there are registers for.
 macro_rules! compiled {
-    ($kernel:ty, [$($feature:literal),*], panel: ($m:literal, $n:literal), rows: ($f:literal, $r:literal, $halve:literal)) => {
+    (
+        $kernel:ty, [$($feature:literal),*],
+        tiles: [$(($n:literal, $m:literal)),*],
+        rows: ($f:literal, $r:literal, $halve:literal)
+    ) => {
         // SAFETY: the code is compiled for just the features named, which are its tier's.
         unsafe impl Compiled for $kernel {
-            const PANEL: (usize, usize) = ($m, $n);
+            const ROWS: &[usize] = &[$($m),*];
+
+            #[inline(always)]
+            unsafe fn multiply(
+                vectors: usize,
+                weights: Weights<Self::Operand>,
+                depth: usize,
+                xs: *const Self::Operand,
+                ahead: Ahead<Self::Element>,
+                sums: *mut Sum<Self>,
+                fresh: bool,
+            ) {
+                match vectors {
+                    $($n => gemm::multiply::<Self, $n, $m>(weights, depth, xs, ahead, sums, fresh),)*
+                    _ => unreachable!("no tile has more vectors than ROWS has numbers"),
+                }
+            }
 
             unsafe fn decode(job: &Decode<Self>, schedule: &Schedule) {
                 $(#[target_feature(enable = $feature)])*
@@ -301,7 +345,7 @@ macro_rules! compiled {
             unsafe fn gemm(job: &Gemm<Self>, schedule: &Schedule) {
                 $(#[target_feature(enable = $feature)])*
                 unsafe fn inner(job: &Gemm<$kernel>, schedule: &Schedule) {
-                    job.work::<$m, $n>(schedule)
+                    job.work(schedule)
                 }
                 inner(job, schedule)
             }
@@ -316,19 +360,27 @@ mod tiers {
     use super::avx512::{Avx512, Avx512Bf16};
     use super::*;
 
-    compiled!(Avx512Bf16, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma", "f16c"], panel: (8, 3), rows: (1, 3, false));
-    compiled!(Widened<Avx512, f32>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), rows: (1, 3, false));
-    compiled!(Widened<Avx512, f16>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), rows: (1, 3, false));
-    compiled!(Widened<Avx512, bf16>, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], panel: (8, 3), rows: (1, 3, false));
-    compiled!(Widened<Avx2, f32>, ["avx2", "fma", "f16c"], panel: (6, 2), rows: (3, 2, true));
-    compiled!(Widened<Avx2, f16>, ["avx2", "fma", "f16c"], panel: (6, 2), rows: (2, 2, true));
-    compiled!(Widened<Avx2, bf16>, ["avx2", "fma", "f16c"], panel: (6, 2), rows: (2, 2, true));
+    macro_rules! avx512 {
+        ($kernel:ty $(, $feature:literal)?) => {
+            compiled!(
+                $kernel, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c" $(, $feature)?],
+                tiles: [(1, 8), (2, 8), (3, 8), (4, 6)], rows: (1, 3, false)
+            );
+        };
+    }
+    avx512!(Avx512Bf16, "avx512bf16");
+    avx512!(Widened<Avx512, f32>);
+    avx512!(Widened<Avx512, f16>);
+    avx512!(Widened<Avx512, bf16>);
+    compiled!(Widened<Avx2, f32>, ["avx2", "fma", "f16c"], tiles: [(1, 8), (2, 6)], rows: (3, 2, true));
+    compiled!(Widened<Avx2, f16>, ["avx2", "fma", "f16c"], tiles: [(1, 8), (2, 6)], rows: (2, 2, true));
+    compiled!(Widened<Avx2, bf16>, ["avx2", "fma", "f16c"], tiles: [(1, 8), (2, 6)], rows: (2, 2, true));
 }
 
-compiled!(Plain<f32>, [], panel: (4, 1), rows: (1, 1, false));
-compiled!(Plain<f16>, [], panel: (4, 1), rows: (1, 1, false));
-compiled!(Plain<bf16>, [], panel: (4, 1), rows: (1, 1, false));
-compiled!(Plain<f64>, [], panel: (4, 1), rows: (1, 1, false));
+compiled!(Plain<f32>, [], tiles: [(1, 4)], rows: (1, 1, false));
+compiled!(Plain<f16>, [], tiles: [(1, 4)], rows: (1, 1, false));
+compiled!(Plain<bf16>, [], tiles: [(1, 4)], rows: (1, 1, false));
+compiled!(Plain<f64>, [], tiles: [(1, 4)], rows: (1, 1, false));
 
 /// Runs a problem on a kernel.
 ///
@@ -343,7 +395,7 @@ unsafe fn run<K: Compiled>(family: Family, problem: &Problem<K::Element>, out: &
             job.schedule().run(threads, |schedule| unsafe { K::decode(&job, schedule) });
         }
         Family::Gemm => {
-            let job = Gemm::<K>::new(problem, out, threads, K::PANEL)?;
+            let job = Gemm::<K>::new(problem, out, threads)?;
             // SAFETY: as above.
             job.schedule().run(threads, |schedule| unsafe { K::gemm(&job, schedule) });
         }
