@@ -166,7 +166,6 @@ fn choose(facts: &Facts) -> Kernel {
     let matmul_is_faster = match (dtype, tokens) {
         (DType::F32, 0..=16) => true,
         (DType::F32, 17..=48) => (8..96).contains(&wide),
-        (DType::F32, 49..=64) => (8..40).contains(&wide),
         (DType::F32, _) => false,
         (_, 129..=512) if !gated && wide >= 24 => true,
         (_, 129..=160) => wide >= 256,
