@@ -74,6 +74,8 @@ fn reads_sharded_checkpoints() {
     let whole = folder.path().join("whole.safetensors");
     checkpoint(&whole);
     let tensors = candle_core::safetensors::load(&whole, &candle_core::Device::Cpu).unwrap();
+    // In order, so that each layer is in both shards.
+    let tensors: std::collections::BTreeMap<_, _> = tensors.into_iter().collect();
     let (mut shards, mut files) = ([Vec::new(), Vec::new()], serde_json::Map::new());
     for (i, (name, tensor)) in tensors.into_iter().enumerate() {
         files.insert(name.clone(), format!("shard-{}.safetensors", i % 2).into());
