@@ -486,7 +486,13 @@ pub(crate) unsafe fn multiply<K: Kernel, const N: usize, const R: usize>(
     for start in (0..depth).step_by(K::LANES) {
         if ahead.wanted && start * K::DEPTH * size_of::<K::Element>() % LINE == 0 {
             for r in 0..R {
-                K::prefetch(ahead.start.wrapping_add(r * ahead.row_stride + start * K::DEPTH));
+                let at = ahead.start.wrapping_add(r * ahead.row_stride + start * K::DEPTH);
+                // As many lines as f32 has would push the tokens' operands out of the first cache.
+                if size_of::<K::Element>() < size_of::<f32>() {
+                    K::prefetch(at);
+                } else {
+                    K::prefetch_far(at);
+                }
             }
         }
         for d in start..depth.min(start + K::LANES) {
