@@ -7,6 +7,7 @@
 #pragma once
 #include "decode_kernels.cuh"
 #include "hopper.cuh"
+#include <memory>
 #include <new>
 
 namespace fused_mlp {
@@ -69,7 +70,7 @@ inline int chunk_map(CUtensorMap *map, const MapKey &key) {
     CUtensorMap map;
   };
   constexpr unsigned PLACES = 1024;
-  static thread_local Entry *const entries = new (std::nothrow) Entry[PLACES]();
+  static thread_local const std::unique_ptr<Entry[]> entries(new (std::nothrow) Entry[PLACES]());
   if (!entries)
     return cudaErrorMemoryAllocation;
   // Tensors lie on multiples of 256 bytes at least, most of them far apart.
