@@ -642,17 +642,7 @@ int launch_decode_direct(const Shape &shape, int dtype, const DeviceFacts &devic
   const int second_bytes = plan.second.segments * plan.token_rows * plan.second.window_chunks * CHUNK_BYTES;
   plan.window_bytes = first_bytes > second_bytes ? first_bytes : second_bytes;
 
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = 2 * plan.window_bytes + sum_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = programmatic ? 1 : 0;
-  return cudaLaunchKernelEx(&config, variant.kernel, shape, plan);
+  return launch_decode(variant.kernel, blocks, THREADS, 2 * plan.window_bytes + sum_bytes, programmatic, stream, shape, plan);
 }
 
 } // namespace fused_mlp

@@ -122,18 +122,6 @@ struct Ring {
   __device__ __forceinline__ unsigned at() const { return memory + slot * slot_bytes; }
 };
 
-// What the tensor cores take of a number, and the nearest such number to the rest of it.
-__device__ __forceinline__ float high_part(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
-__device__ __forceinline__ unsigned low_part(float v) {
-  unsigned low;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(low) : "f"(v - high_part(v)));
-  return low;
-}
-__device__ __forceinline__ float load_shared(unsigned address) {
-  float v;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
-  return v;
-}
 // d (16 x 8) += a (16 x 8) b (8 x 8)^T; a thread holds of d what a warpgroup's product gives it.
 __device__ __forceinline__ void add_product(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -686,7 +674,7 @@ int dynamic_limit(const DeviceFacts &device) { return device.shared_bytes_per_bl
 
 bool can_decode_hopper(const DeviceFacts &device, int dtype, int tokens, int hidden_size, int intermediate_size) {
   const int chunk = SWIZZLE_BYTES / map_element_bytes(dtype);
-  return device.hopper && (tokens <= most_tokens(dtype) || dtype != FUSED_MLP_F32) && hidden_size % chunk == 0 &&
+  return device.hopper && (dtype != FUSED_MLP_F32 || tokens <= MOST_F32_TOKENS) && hidden_size % chunk == 0 &&
          intermediate_size % chunk == 0;
 }
 
@@ -776,17 +764,8 @@ int launch_decode_hopper(const Shape &shape, int dtype, const DeviceFacts &devic
   if (!shape.gated)
     maps.up = maps.gate;
 
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = plan.slots * plan.slot_bytes + after_ring;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel_of(dtype, token_rows), shape, plan, maps);
+  return launch_decode(kernel_of(dtype, token_rows), blocks, THREADS, plan.slots * plan.slot_bytes + after_ring, true, stream,
+                       shape, plan, maps);
 }
 
 } // namespace fused_mlp

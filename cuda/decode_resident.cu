@@ -69,11 +69,6 @@ __device__ __forceinline__ bool has_come(const uint4 &v) {
 template <typename T> __device__ __forceinline__ unsigned short bits_of(T v) {
   return *reinterpret_cast<const unsigned short *>(&v);
 }
-__device__ __forceinline__ void store_shared_16(unsigned address, const uint4 &v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-
 // 32 bytes, as far as L2.
 __device__ __forceinline__ void prefetch_line(const void *from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
@@ -234,7 +229,7 @@ __global__ void __launch_bounds__(THREADS, 1)
           if (piece < pieces) {
             const int t = piece / row_pieces, in_row = piece - t * row_pieces;
             store_shared_16(hidden + in_row / 8 * CHUNK_GROUP + t * SWIZZLE_BYTES + ((in_row ^ t) & 7) * 16,
-                            make_uint4(~v[i].x, ~v[i].y, ~v[i].z, ~v[i].w));
+                            ~v[i].x, ~v[i].y, ~v[i].z, ~v[i].w);
           }
         }
       }
@@ -392,17 +387,7 @@ int launch_decode_resident(const Shape &shape, int dtype, const DeviceFacts &dev
   if (status != FUSED_MLP_OK)
     return status;
 
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel_of(dtype), shape, plan, maps);
+  return launch_decode(kernel_of(dtype), blocks, THREADS, bytes, true, stream, shape, plan, maps);
 }
 
 } // namespace fused_mlp

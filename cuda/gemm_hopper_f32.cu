@@ -34,21 +34,6 @@ template <bool GATED_, int COLUMNS_, int SPLIT_> struct PartedTile : Warpgroups<
 constexpr int PARTERS = 3;  // warps, beside the producer's
 constexpr int SEGMENT = 64; // stages whose sums stay in registers, where there are more than twice as many
 
-// The nearest number of 11 bits.
-__device__ __forceinline__ unsigned rounded(float v) {
-  unsigned r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
-  return r;
-}
-// What a product takes of a number in shared memory, and the rest of it.
-__device__ __forceinline__ float cut(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
-__device__ __forceinline__ unsigned rest_of(float v, float high) { return rounded(v - high); }
-
-__device__ __forceinline__ float load_shared(unsigned address) {
-  float v;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
-  return v;
-}
 __device__ __forceinline__ float4 load_shared_16(unsigned address) {
   float4 v;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -56,9 +41,6 @@ __device__ __forceinline__ float4 load_shared_16(unsigned address) {
                : "r"(address)
                : "memory");
   return v;
-}
-__device__ __forceinline__ void store_shared_16(unsigned address, unsigned a, unsigned b, unsigned c, unsigned d) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 template <Finish FINISH> __device__ __forceinline__ float finished_exactly(float v, float slope) {
@@ -195,8 +177,8 @@ __device__ __forceinline__ void part_weights(const Product &p, const Ring<K> &ri
 #pragma unroll
       for (int j = 0; j < AT_ONCE; ++j)
         if (first + j * THREADS_HERE < PIECES)
-          store_shared_16(to + 16 * (first + j * THREADS_HERE), rest_of(v[j].x, cut(v[j].x)),
-                          rest_of(v[j].y, cut(v[j].y)), rest_of(v[j].z, cut(v[j].z)), rest_of(v[j].w, cut(v[j].w)));
+          store_shared_16(to + 16 * (first + j * THREADS_HERE), low_part(v[j].x),
+                          low_part(v[j].y), low_part(v[j].z), low_part(v[j].w));
     }
     fence_shared_copies();
     __syncwarp();
@@ -239,7 +221,7 @@ __device__ __forceinline__ void multiply_parted(const Product &p, const Ring<K> 
         for (int i = 0; i < 4; ++i) {
           const float v = load_shared(((ring.rows(stage) + own) ^ (2 * k + i / 2) * 16) + i % 2 * 8 * SWIZZLE_BYTES);
           high[k][i] = rounded(v);
-          low[k][i] = rest_of(v, __uint_as_float(high[k][i]));
+          low[k][i] = rounded(v - __uint_as_float(high[k][i]));
         }
       barrier_wait(parted(ring, stage), parity);
       const unsigned long long weights = tile_descriptor(ring.weights(stage)),

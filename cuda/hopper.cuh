@@ -160,6 +160,27 @@ __device__ __forceinline__ float load_from_cluster(unsigned there) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Ordinary accesses to shared memory, and numbers as tensor cores take them
+
+__device__ __forceinline__ float load_shared(unsigned address) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared_16(unsigned address, unsigned a, unsigned b, unsigned c, unsigned d) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+// The nearest number of 11 bits.
+__device__ __forceinline__ unsigned rounded(float v) {
+  unsigned r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
+  return r;
+}
+// What a product takes of an f32 as it is, and the nearest such number to the rest of it.
+__device__ __forceinline__ float high_part(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+__device__ __forceinline__ unsigned low_part(float v) { return rounded(v - high_part(v)); }
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Registers of a warpgroup
 
 template <int COUNT> __device__ __forceinline__ void take_registers() {
