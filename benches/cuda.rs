@@ -1,11 +1,12 @@
 //! One MLP of a model on a GPU, beside candle's own ops and the time that its weights need to be read.
 //!
-//!     cargo bench --features cuda --bench cuda -- [bf16|f16|f32|f64]... [TOKENS]... [all] [energy]
+//!     cargo bench --features cuda --bench cuda -- [bf16|f16|f32|f64]... [TOKENS]... [all] [graph|host|energy]
 //!
 //! Microseconds of one layer of a stack whose weights are four times the second-level cache, in an ordinary loop of candle
 //! calls: random data, each layer reads what the one before gave, every fourth the first x again. The columns take
-//! turns; a number is the median of five turns of some milliseconds. `all` adds every kernel's own column. `energy` measures
-//! millijoules a layer in place of time: NVML's counter over two seconds of each.
+//! turns; a number is the median of five turns of some milliseconds. `all` adds every kernel's own column. `graph` replays a
+//! CUDA graph of the stack's calls instead, `host` times how long the host takes to enqueue a call, and `energy` measures
+//! millijoules a layer: NVML's counter over two seconds of each.
 
 #[path = "support/layers.rs"]
 mod layers;
@@ -14,7 +15,7 @@ mod support;
 
 use candle_core::{DType, Device, Error, Result, Tensor};
 use candle_fused_mlp::cuda::Kernel;
-use layers::{time, Layer, Turns, Way};
+use layers::{time, Clock, Layer, Turns, Way};
 use std::time::{Duration, Instant};
 use support::gpu;
 
@@ -67,9 +68,14 @@ fn main() -> Result<()> {
     if dtypes.is_empty() {
         dtypes = known[..3].to_vec();
     }
-    let by_energy = arguments.iter().any(|a| a == "energy");
+    let asked = |name: &str| arguments.iter().any(|a| a == name);
+    let clock = match (asked("graph"), asked("host")) {
+        (true, _) => Clock::Replays,
+        (false, true) => Clock::Host,
+        (false, false) => Clock::Calls,
+    };
     let mut ways = vec![Way::Candle, Way::Chosen];
-    if arguments.iter().any(|a| a == "all") {
+    if asked("all") {
         ways.extend(Kernel::ALL.map(Way::Forced));
     }
     let header = ways.iter().map(|way| match way {
@@ -79,7 +85,14 @@ fn main() -> Result<()> {
     });
     let header = header.collect::<Vec<_>>().join(" | ");
 
-    let device = &Device::new_cuda(0)?;
+    let device = &match clock {
+        Clock::Replays => Device::new_cuda_with_stream(0)?,
+        Clock::Calls | Clock::Host => Device::new_cuda(0)?,
+    };
+    if clock == Clock::Replays {
+        // SAFETY: there is one stream, on which all that is launched or freed comes in order.
+        unsafe { device.as_cuda_device()?.disable_event_tracking() };
+    }
     let bandwidth = gpu::Reader::new(device)?.bandwidth;
     println!("read bandwidth: {:.3} TB/s\n", bandwidth * 1e-12);
     println!("| MLP | dtype | tokens | floor | {header} | candle / fused |");
@@ -91,9 +104,9 @@ fn main() -> Result<()> {
             let layers = Layer::stack(gated, sizes, dtype, device)?;
             for &tokens in &tokens {
                 let first = Tensor::randn(0f32, 1., (tokens, hidden), device)?.to_dtype(dtype)?;
-                let times = match by_energy {
+                let times = match asked("energy") {
                     true => energy(&layers, &first, &ways)?,
-                    false => time(&layers, &first, &ways, TURNS)?,
+                    false => time(&layers, &first, &ways, TURNS, clock)?,
                 };
                 let cells: Vec<String> =
                     times.iter().map(|t| t.map_or("-".to_string(), |t| format!("{t:.2}"))).collect();

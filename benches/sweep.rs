@@ -12,7 +12,7 @@ mod table;
 
 use candle_core::{DType, Device, Result, Tensor};
 use clap::Parser;
-use layers::{time, Layer, Turns, Way};
+use layers::{time, Clock, Layer, Turns, Way};
 use rand::{rngs::StdRng, seq::SliceRandom, SeedableRng};
 use std::time::{Duration, Instant};
 
@@ -127,7 +127,8 @@ fn main() -> Result<()> {
         counts.shuffle(&mut random);
         for &tokens in counts.iter().take_while(|_| start.elapsed() < until) {
             let first = Tensor::randn(0f32, 1., (tokens as usize, hidden), device)?.to_dtype(dtype)?;
-            if let [Some(candle), Some(fused)] = time(&layers, &first, &[Way::Candle, Way::Chosen], TURNS)?[..] {
+            let times = time(&layers, &first, &[Way::Candle, Way::Chosen], TURNS, Clock::Calls)?;
+            if let [Some(candle), Some(fused)] = times[..] {
                 rows.push(Row { gated, sizes, tokens, candle, fused });
             }
         }

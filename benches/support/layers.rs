@@ -1,6 +1,8 @@
 //! Layers on a GPU, the ways to run them, and their times beside each other.
 #![allow(dead_code)] // each program uses a part of it
 
+use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use candle_core::cuda_backend::cudarc::driver::CudaGraph;
 use candle_core::{DType, Device, Error, Result, Tensor};
 use candle_fused_mlp::cuda::Kernel;
 use candle_fused_mlp::ops::{fused_mlp, fused_swiglu};
@@ -109,12 +111,45 @@ pub struct Turns {
     pub microseconds: f64,
 }
 
+/// What is timed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Clock {
+    /// Calls, until the GPU has done them.
+    Calls,
+    /// Replays of a CUDA graph of a walk through the stack, until the GPU has done them.
+    Replays,
+    /// Calls, until the host has enqueued them: so few that the queue takes them all, whatever the GPU does.
+    Host,
+}
+
+/// What a stream takes before its host has to wait, with room to spare, and the most that a layer puts there by candle's ops:
+/// launches, allocations and frees.
+const QUEUE: usize = 512;
+const ENTRIES: usize = 16;
+
+/// A graph of what `run` launches on a device without candle's events, which cannot be captured.
+fn captured(device: &Device, run: impl Fn() -> Result<()>) -> Result<CudaGraph> {
+    const AUTO_FREE: CUgraphInstantiate_flags =
+        CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let cuda = device.as_cuda_device()?;
+    let stream = cuda.cuda_stream();
+    // What candle's ops upload stays in place from the first run on.
+    let _uploads = cuda.enable_cuda_graph_htod_cache();
+    run()?;
+    device.synchronize()?;
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(Error::wrap)?;
+    let ran = run();
+    let graph = stream.end_capture(AUTO_FREE).map_err(Error::wrap);
+    ran?;
+    graph?.ok_or_else(|| Error::msg("nothing was launched"))
+}
+
 /// Microseconds of one layer each way, `None` where the kernel does not take it: the ways take turns, each layer reads what the
 /// one before gave, every fourth `first` again, and a number is the median over the turns.
 ///
 /// # Errors
-/// Those of candle's ops.
-pub fn time(layers: &[Layer], first: &Tensor, ways: &[Way], turns: Turns) -> Result<Vec<Option<f64>>> {
+/// Those of candle's ops, and of a capture.
+pub fn time(layers: &[Layer], first: &Tensor, ways: &[Way], turns: Turns, clock: Clock) -> Result<Vec<Option<f64>>> {
     let device = first.device();
     let once = |way: Way| -> Result<()> {
         let mut xs = first.clone();
@@ -123,28 +158,44 @@ pub fn time(layers: &[Layer], first: &Tensor, ways: &[Way], turns: Turns) -> Res
         }
         Ok(())
     };
-    let turn = |way: Way, calls: usize| -> Result<f64> {
+    let turn = |walk: &dyn Fn() -> Result<()>, walks: usize| -> Result<f64> {
         device.synchronize()?;
         let start = Instant::now();
-        for _ in 0..calls {
-            once(way)?;
+        for _ in 0..walks {
+            walk()?;
         }
+        let enqueued = start.elapsed();
         device.synchronize()?;
-        Ok(start.elapsed().as_secs_f64() * 1e6 / (calls * layers.len()) as f64)
+        let elapsed = if clock == Clock::Host { enqueued } else { start.elapsed() };
+        Ok(elapsed.as_secs_f64() * 1e6 / (walks * layers.len()) as f64)
     };
-    let mut calls = Vec::new();
+    type Walk<'a> = Box<dyn Fn() -> Result<()> + 'a>;
+    let mut walks: Vec<Option<(Walk, usize)>> = Vec::new();
     for &way in ways {
-        let taken = once(way).is_ok();
-        calls.push(match taken {
-            true => Some((turns.microseconds / (turn(way, 1)? * layers.len() as f64)).ceil().max(1.) as usize),
-            false => None,
-        });
+        if once(way).is_err() {
+            walks.push(None);
+            continue;
+        }
+        let walk: Walk = match clock {
+            Clock::Calls | Clock::Host => Box::new(move || once(way)),
+            Clock::Replays => {
+                let graph = captured(device, || once(way))?;
+                Box::new(move || graph.launch().map_err(Error::wrap))
+            }
+        };
+        let count = match clock {
+            Clock::Calls | Clock::Replays => {
+                (turns.microseconds / (turn(&*walk, 1)? * layers.len() as f64)).ceil().max(1.) as usize
+            }
+            Clock::Host => (QUEUE / ENTRIES / layers.len()).max(1),
+        };
+        walks.push(Some((walk, count)));
     }
     let mut times = vec![Vec::new(); ways.len()];
     for _ in 0..turns.count {
-        for ((&way, calls), times) in ways.iter().zip(&calls).zip(&mut times) {
-            if let Some(calls) = calls {
-                times.push(turn(way, *calls)?);
+        for (walk, times) in walks.iter().zip(&mut times) {
+            if let Some((walk, count)) = walk {
+                times.push(turn(&**walk, *count)?);
             }
         }
     }
