@@ -29,6 +29,7 @@ mod cuda {
         let out = PathBuf::from(std::env::var("OUT_DIR")?);
         let sources = [
             "decode.cu",
+            "decode_cluster.cu",
             "decode_direct.cu",
             "decode_hopper.cu",
             "decode_portable.cu",

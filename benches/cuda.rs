@@ -20,12 +20,13 @@ use std::time::{Duration, Instant};
 use support::gpu;
 
 /// Name, gated, hidden size, intermediate size.
-const MODELS: [(&str, bool, usize, usize); 8] = [
+const MODELS: [(&str, bool, usize, usize); 9] = [
     ("swiglu 8192x28672", true, 8192, 28672),
     ("swiglu 4096x14336", true, 4096, 14336),
     ("swiglu 2048x8192", true, 2048, 8192),
     ("swiglu 2048x5632", true, 2048, 5632),
     ("swiglu 576x1536", true, 576, 1536),
+    ("swiglu 64x172", true, 64, 172),
     ("mlp 4096x4096 GELU, biases", false, 4096, 4096),
     ("mlp 1280x5120 GELU, biases", false, 1280, 5120),
     ("mlp 768x3072 GELU, biases", false, 768, 3072),

@@ -107,7 +107,7 @@ bool aligned(const FusedMlpArgs &args) {
 int check(const FusedMlpArgs &args) {
   if (!known_sizes(args) || !args.x || !args.gate || !args.down || (args.gated && !args.up) || args.activation < 0 ||
       args.activation >= static_cast<int>(Activation::Count) || args.path < FUSED_MLP_PATH_AUTO ||
-      args.path > FUSED_MLP_PATH_RESIDENT)
+      args.path > FUSED_MLP_PATH_CLUSTER)
     return FUSED_MLP_BAD_ARGUMENT;
   return FUSED_MLP_OK;
 }
@@ -122,13 +122,14 @@ int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path)
   const bool can_hopper =
       can_depend && apart && can_decode_hopper(device, args.dtype, args.tokens, args.hidden_size, args.intermediate_size);
   const bool can_resident = can_hopper && can_decode_resident(device, args);
+  const bool can_cluster = can_decode_cluster(device, args);
   const int best = can_resident ? FUSED_MLP_PATH_RESIDENT
                    : can_hopper ? FUSED_MLP_PATH_HOPPER
                    : can_depend ? FUSED_MLP_PATH_DIRECT_PDL
                    : can_direct ? FUSED_MLP_PATH_DIRECT
                                 : FUSED_MLP_PATH_PORTABLE;
-  *path = args.path == FUSED_MLP_PATH_AUTO ? best : args.path;
-  return *path <= best ? FUSED_MLP_OK : FUSED_MLP_UNSUPPORTED;
+  *path = args.path != FUSED_MLP_PATH_AUTO ? args.path : can_cluster ? FUSED_MLP_PATH_CLUSTER : best;
+  return (*path == FUSED_MLP_PATH_CLUSTER ? can_cluster : *path <= best) ? FUSED_MLP_OK : FUSED_MLP_UNSUPPORTED;
 }
 
 } // namespace
@@ -198,6 +199,8 @@ extern "C" int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream) {
     shape.tokens = args->tokens - token < MAX_TOKENS ? args->tokens - token : MAX_TOKENS;
     status = path == FUSED_MLP_PATH_PORTABLE
                  ? launch_decode_portable(shape, args->dtype, *device, stream)
+             : path == FUSED_MLP_PATH_CLUSTER
+                 ? launch_decode_cluster(shape, args->dtype, stream)
              : path == FUSED_MLP_PATH_RESIDENT
                  ? launch_decode_resident(shape, args->dtype, *device, stream)
              : path == FUSED_MLP_PATH_HOPPER

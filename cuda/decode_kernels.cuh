@@ -54,6 +54,10 @@ int launch_decode_resident(const Shape &shape, int dtype, const DeviceFacts &dev
 // Raises the kernels' shared-memory limit on the current device, where prepare_decode_hopper found them; once per device.
 int prepare_decode_resident(const DeviceFacts &device);
 
+// 1 to 64 tokens of the smallest models, of any dtype and alignment, from sm_90 on.
+bool can_decode_cluster(const DeviceFacts &device, const FusedMlpArgs &args);
+int launch_decode_cluster(const Shape &shape, int dtype, cudaStream_t stream);
+
 // 1 to 64 tokens of anything.
 int launch_decode_portable(const Shape &shape, int dtype, const DeviceFacts &device, cudaStream_t stream);
 

@@ -11,13 +11,20 @@ use candle_fused_mlp::{plan, Activation, FusedSwiGlu, GateUp, PackedOrder, Workl
 use candle_nn::Linear;
 use common::*;
 
-const DECODE: [Kernel; 5] =
-    [Kernel::DecodeResident, Kernel::DecodeHopper, Kernel::DecodeDependent, Kernel::Decode, Kernel::DecodePortable];
+const DECODE: [Kernel; 6] = [
+    Kernel::DecodeCluster,
+    Kernel::DecodeResident,
+    Kernel::DecodeHopper,
+    Kernel::DecodeDependent,
+    Kernel::Decode,
+    Kernel::DecodePortable,
+];
 
 /// The kernels that take this dtype and these sizes, where all is aligned.
 fn kernels(dtype: DType, (hidden, intermediate): (usize, usize)) -> Vec<Kernel> {
     let half = matches!(dtype, DType::BF16 | DType::F16);
     let takes = |kernel: &Kernel| match kernel {
+        Kernel::DecodeCluster => 3 * hidden * intermediate <= 1 << 17,
         Kernel::DecodeResident => half && hidden % 64 == 0 && intermediate % 256 == 0 && intermediate <= 3072,
         Kernel::DecodeHopper => {
             let chunk = 128 / dtype.size_in_bytes();
@@ -243,14 +250,16 @@ fn rows_are_independent() -> Result<()> {
 /// Two threads, on two streams and on candle's stream that is another one in each thread.
 #[test]
 fn two_streams_at_once() -> Result<()> {
-    let sizes = [(576, 1536), (256, 4096), (1024, 2816)];
+    let sizes = [(576, 1536), (256, 4096), (1024, 2816), (64, 172)];
     let run = |device: Device, seed: u64| -> Result<()> {
         let random = &mut Random::new(seed);
         let mut calls = Vec::new();
         for (i, sizes) in sizes.into_iter().enumerate() {
-            let dtype = [DType::BF16, DType::F32, DType::F16][i];
+            let dtype = [DType::BF16, DType::F32, DType::F16, DType::F32][i];
             let module = gated(random, sizes, dtype, &device)?;
             let some = [
+                (1, Kernel::DecodeCluster),
+                (11, Kernel::DecodeCluster),
                 (1, Kernel::DecodeResident),
                 (7, Kernel::DecodeResident),
                 (1, Kernel::DecodeHopper),
@@ -311,6 +320,8 @@ fn graphs_replay() -> Result<()> {
     let device = &capturable()?;
     let stream = device.as_cuda_device()?.cuda_stream();
     for (dtype, kernel, tokens) in [
+        (DType::BF16, Kernel::DecodeCluster, 1),
+        (DType::F32, Kernel::DecodeCluster, 7),
         (DType::BF16, Kernel::DecodeResident, 1),
         (DType::F16, Kernel::DecodeResident, 8),
         (DType::BF16, Kernel::DecodeHopper, 1),
@@ -324,9 +335,10 @@ fn graphs_replay() -> Result<()> {
         (DType::F32, Kernel::Gemm, 200),
     ] {
         let random = &mut Random::new(6);
-        let layers: Vec<_> = (0..3).map(|_| gated(random, (576, 1536), dtype, device)).collect::<Result<_>>()?;
+        let sizes = if kernel == Kernel::DecodeCluster { (64, 172) } else { (576, 1536) };
+        let layers: Vec<_> = (0..3).map(|_| gated(random, sizes, dtype, device)).collect::<Result<_>>()?;
         let model = |xs: &Tensor| kernel.with(|| layers.iter().try_fold(xs.clone(), |xs, layer| layer.forward(&xs)));
-        let xs = random.normal(&[tokens, 576], 1., dtype, device)?;
+        let xs = random.normal(&[tokens, sizes.0], 1., dtype, device)?;
         let out = xs.zeros_like()?;
         model(&xs)?;
         stream.begin_capture(THREAD_LOCAL).map_err(candle_core::Error::wrap)?;
@@ -334,7 +346,7 @@ fn graphs_replay() -> Result<()> {
         let graph = stream.end_capture(AUTO_FREE).map_err(candle_core::Error::wrap)?.expect("a graph");
         captured?;
         for _ in 0..3 {
-            let fresh = random.normal(&[tokens, 576], 1., dtype, device)?;
+            let fresh = random.normal(&[tokens, sizes.0], 1., dtype, device)?;
             let expected = values(&model(&fresh)?)?;
             xs.slice_set(&fresh, 0, 0)?;
             for _ in 0..1000 {

@@ -20,6 +20,7 @@
 #include <cstring>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <iterator>
 #include <string>
 #include <thread>
 #include <vector>
@@ -382,6 +383,7 @@ int run_check(bool quick) {
     check_rows({dtype, 1, 576, 1536, 576, 64, 6, 0.f, 7, 0, 0, 0, false}, seed++ * 97);
     check_rows({dtype, 0, 768, 3072, 768, 64, 0, 0.f, 7, 0, 0, 0, false}, seed++ * 97);
     check_rows({dtype, 0, 264, 1000, 72, 64, 0, 0.f, 7, 0, 0, FUSED_MLP_PATH_PORTABLE, false}, seed++ * 97);
+    check_rows({dtype, 1, 64, 172, 64, 64, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_CLUSTER, false}, seed++ * 97);
     if (!quick && dtype < 3) {
       check_rows({dtype, 1, 4096, 14336, 4096, 64, 6, 0.f, 0, 0, 0, 0, false}, seed++ * 97);
       check_rows({dtype, 0, 1280, 5120, 1280, 64, 0, 0.f, 7, 0, 0, 0, false}, seed++ * 97);
@@ -473,6 +475,9 @@ int run_select() {
     for (int t : {1, 9, 20, 64})
       for (int path : {FUSED_MLP_PATH_AUTO, FUSED_MLP_PATH_PORTABLE})
         check_case({dtype, int(seed & 1), 264, 600, 136, t, 6, 0.f, int(seed % 8), 0, 0, path, false}, seed++, false);
+  for (int dtype = 0; dtype < 4; ++dtype)
+    for (int t : {1, 6, 64})
+      check_case({dtype, t != 6, 65, 171, 63, t, 6, 0.f, 7, 1, 1, FUSED_MLP_PATH_CLUSTER, false}, seed++, false);
   for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16, FUSED_MLP_F32})
     for (int t : {1, 9, dtype == FUSED_MLP_F32 ? 16 : 20, dtype == FUSED_MLP_F32 ? 5 : 64})
       check_case({dtype, dtype == FUSED_MLP_BF16, 256, 704, 136, t, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_HOPPER, false}, seed++,
@@ -513,12 +518,13 @@ int run_stress(int launches) {
                         {FUSED_MLP_BF16, 1, 2048, 5632, 2048, 3, 6, 0.f, 7, 0, 0, 0, false},
                         {FUSED_MLP_F16, 0, 768, 3072, 768, 64, 0, 0.f, 7, 0, 0, 0, false},
                         {FUSED_MLP_F32, 1, 576, 1536, 576, 20, 6, 0.f, 7, 0, 0, 0, false},
+                        {FUSED_MLP_F32, 1, 64, 172, 64, 5, 6, 0.f, 7, 0, 0, 0, false},
                         {FUSED_MLP_BF16, 0, 264, 1000, 72, 9, 0, 0.f, 7, 0, 0, FUSED_MLP_PATH_PORTABLE, false}};
   auto worker = [&](int index, int *errors) {
     cudaStream_t stream;
     CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     std::vector<Problem> problems;
-    problems.reserve(5);
+    problems.reserve(std::size(cases));
     for (const Case &c : cases)
       problems.emplace_back(c, 1000 + index * 50);
     CUDA_OK(cudaDeviceSynchronize());

@@ -30,6 +30,9 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kernel {
+    /// Both layers in one launch, each cluster of eight blocks for a few tokens by itself; from sm_90 on, for models of at most
+    /// 131,072 weights, whatever their dtype and alignment.
+    DecodeCluster,
     /// Both layers in one launch, each multiprocessor's weights in its shared memory at once; on sm_90, for 1 to 8 tokens
     /// of bf16 and f16 and small models whose weights fit there.
     DecodeResident,
@@ -57,7 +60,8 @@ thread_local! {
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
+        Self::DecodeCluster,
         Self::DecodeResident,
         Self::DecodeHopper,
         Self::DecodeDependent,
@@ -70,6 +74,7 @@ impl Kernel {
     /// The name, as in a plan.
     pub fn name(self) -> &'static str {
         match self {
+            Self::DecodeCluster => "decode-cluster",
             Self::DecodeResident => "decode-resident",
             Self::DecodeHopper => "decode-hopper",
             Self::DecodeDependent => "decode-dependent",
@@ -100,16 +105,15 @@ impl Kernel {
     /// How many launches it takes, and how often it reads the weights: a decode kernel takes up to 64 tokens at a time.
     pub(crate) fn passes(self, tokens: usize) -> usize {
         match self {
-            Self::DecodeResident | Self::DecodeHopper | Self::DecodeDependent | Self::Decode | Self::DecodePortable => {
-                tokens.div_ceil(64)
-            }
             Self::Gemm | Self::Matmul => 1,
+            _ => tokens.div_ceil(64),
         }
     }
 
     /// The path of the C interface, for a decode kernel; the others have none.
     fn path(self) -> i32 {
         match self {
+            Self::DecodeCluster => ffi::PATH_CLUSTER,
             Self::DecodeResident => ffi::PATH_RESIDENT,
             Self::DecodeHopper => ffi::PATH_HOPPER,
             Self::DecodeDependent => ffi::PATH_DIRECT_DEPENDENT,
@@ -174,6 +178,7 @@ fn choose(facts: &Facts) -> Kernel {
         _ => false,
     };
     match path {
+        ffi::PATH_CLUSTER if tokens <= 64 => Kernel::DecodeCluster,
         ffi::PATH_RESIDENT => Kernel::DecodeResident,
         ffi::PATH_HOPPER if tokens <= 64 => Kernel::DecodeHopper,
         ffi::PATH_DIRECT_DEPENDENT if tokens <= most_tokens => Kernel::DecodeDependent,
