@@ -5,8 +5,8 @@
 //! Microseconds of one layer of a stack whose weights are four times the second-level cache, in an ordinary loop of candle
 //! calls: random data, each layer reads what the one before gave, every fourth the first x again. The columns take
 //! turns; a number is the median of five turns of some milliseconds. `all` adds every kernel's own column. `graph` replays a
-//! CUDA graph of the stack's calls instead, `host` times how long the host takes to enqueue a call, and `energy` measures
-//! millijoules a layer: NVML's counter over two seconds of each.
+//! CUDA graph of the stack's calls instead, `host` times how long the host takes to enqueue a call (and, first, to allocate and
+//! free an output, which is a part of it), and `energy` measures millijoules a layer: NVML's counter over two seconds of each.
 
 #[path = "support/layers.rs"]
 mod layers;
@@ -15,7 +15,7 @@ mod support;
 
 use candle_core::{DType, Device, Error, Result, Tensor};
 use candle_fused_mlp::cuda::Kernel;
-use layers::{time, Clock, Layer, Turns, Way};
+use layers::{median, time, Clock, Layer, Turns, Way};
 use std::time::{Duration, Instant};
 use support::gpu;
 
@@ -58,6 +58,23 @@ fn energy(layers: &[Layer], first: &Tensor, ways: &[Way]) -> Result<Vec<Option<f
     Ok(each)
 }
 
+/// Microseconds of the host to allocate and free an output by candle, with its events.
+fn allocation(device: &Device) -> Result<f64> {
+    const CALLS: usize = 64;
+    let cuda = device.as_cuda_device()?;
+    let mut times = Vec::new();
+    for _ in 0..TURNS.count * 3 {
+        device.synchronize()?;
+        let start = Instant::now();
+        for _ in 0..CALLS {
+            // SAFETY: nothing reads what is allocated.
+            drop(unsafe { cuda.alloc::<f32>(4096) }?);
+        }
+        times.push(start.elapsed().as_secs_f64() * 1e6 / CALLS as f64);
+    }
+    Ok(median(times))
+}
+
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let mut tokens: Vec<usize> = arguments.iter().filter_map(|a| a.parse().ok()).collect();
@@ -96,6 +113,9 @@ fn main() -> Result<()> {
     }
     let bandwidth = gpu::Reader::new(device)?.bandwidth;
     println!("read bandwidth: {:.3} TB/s\n", bandwidth * 1e-12);
+    if clock == Clock::Host {
+        println!("allocating and freeing an output: {:.2} us\n", allocation(device)?);
+    }
     println!("| MLP | dtype | tokens | floor | {header} | candle / fused |");
     println!("|---|---|---|---|{}---|", "---|".repeat(ways.len()));
     for (name, dtype) in dtypes {
