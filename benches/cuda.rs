@@ -1,10 +1,10 @@
 //! One MLP of a model on a GPU, beside candle's own ops and the time that its weights need to be read.
 //!
-//!     cargo bench --features cuda --bench cuda -- [bf16|f16|f32|f64]... [TOKENS]... [all] [graph|host|energy]
+//!     cargo bench --features cuda --bench cuda -- [bf16|f16|f32|f64]... [TOKENS]... [all|KERNEL...] [graph|host|energy]
 //!
 //! Microseconds of one layer of a stack whose weights are four times the second-level cache, in an ordinary loop of candle
 //! calls: random data, each layer reads what the one before gave, every fourth the first x again. The columns take
-//! turns; a number is the median of five turns of some milliseconds. `all` adds every kernel's own column. `graph` replays a
+//! turns; a number is the median of five turns of some milliseconds. `all` or a kernel's name adds its own column. `graph` replays a
 //! CUDA graph of the stack's calls instead, `host` times how long the host takes to enqueue a call (and, first, to allocate and
 //! free an output, which is a part of it), and `energy` measures millijoules a layer: NVML's counter over two seconds of each.
 
@@ -93,9 +93,7 @@ fn main() -> Result<()> {
         (false, false) => Clock::Calls,
     };
     let mut ways = vec![Way::Candle, Way::Chosen];
-    if asked("all") {
-        ways.extend(Kernel::ALL.map(Way::Forced));
-    }
+    ways.extend(Kernel::ALL.into_iter().filter(|kernel| asked("all") || asked(kernel.name())).map(Way::Forced));
     let header = ways.iter().map(|way| match way {
         Way::Candle => "candle".to_string(),
         Way::Chosen => "fused".to_string(),

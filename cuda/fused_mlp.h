@@ -24,7 +24,8 @@ enum FusedMlpPath {
   FUSED_MLP_PATH_DIRECT_PDL = 3, // as sm_90 runs it
   FUSED_MLP_PATH_HOPPER = 4,     // sm_90a, bf16 and f16, and f32 up to 16 tokens: tensor copies and warpgroup products
   FUSED_MLP_PATH_RESIDENT = 5,   // bf16 and f16: few tokens of small models, whose weights fit in shared memory at once
-  FUSED_MLP_PATH_CLUSTER = 6     // sm_90 up, any alignment, any type: models so small that one cluster of blocks is enough
+  FUSED_MLP_PATH_CLUSTER = 6,    // sm_90 up, any alignment, any type: models so small that one cluster of blocks is enough
+  FUSED_MLP_PATH_GEMM_AMPERE = 7 // of fused_mlp_gemm alone: bf16 and f16, as sm_80 to sm_89 run it; AUTO there is for sm_90a
 };
 
 // Own status codes are negative; a positive status is a cudaError_t.
@@ -75,11 +76,12 @@ int fused_mlp_decode_path(const FusedMlpArgs *args, int *path);
 int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream);
 
 // Whether fused_mlp_gemm takes these arguments on the current device: bf16, f16 or f32, x and all weights with rows on 16 bytes,
-// one of the activations whose arithmetic its kernels have, sm_90a. Workspace and out are not looked at.
+// one of the activations whose arithmetic its kernels have, sm_90a; on FUSED_MLP_PATH_GEMM_AMPERE bf16 or f16, sm_80 up.
+// Workspace and out are not looked at.
 int fused_mlp_gemm_takes(const FusedMlpArgs *args, int *takes);
 
 // Bytes of workspace with which fused_mlp_gemm is fastest for these sizes. With the tokens x intermediate_size elements of the
-// hidden rows alone, it does without tiles whose depth two groups of blocks share.
+// hidden rows alone, it does without tiles whose depth several groups of blocks share.
 int fused_mlp_gemm_workspace_bytes(const FusedMlpArgs *args, uint64_t *bytes);
 
 // Enqueues an MLP of any number of tokens as two launches. The workspace, on 16 bytes, need not be cleared.

@@ -1,6 +1,6 @@
 // The C interface of the kernels for many tokens: checks arguments, chooses each product's tiles, launches both.
-#include "activation.cuh"
-#include "gemm_kernels.cuh"
+#include "gemm_ampere.h"
+#include "gemm_arguments.cuh"
 #include <atomic>
 #include <cmath>
 
@@ -39,48 +39,6 @@ int runs_here(bool *runs) {
   *runs = answer == YES;
   return FUSED_MLP_OK;
 }
-
-// The finish of an activation, if it is one of those.
-bool finish_of(int activation, Finish *finish, float *slope) {
-  *slope = static_cast<Activation>(activation) == Activation::QuickGelu ? 1.702f : 1.f;
-  switch (static_cast<Activation>(activation)) {
-  case Activation::Silu:
-  case Activation::QuickGelu: *finish = Finish::Swish; return true;
-  case Activation::Gelu: *finish = Finish::Gelu; return true;
-  case Activation::GeluTanh: *finish = Finish::GeluTanh; return true;
-  case Activation::Relu: *finish = Finish::Relu; return true;
-  default: return false;
-  }
-}
-
-int element_bytes(int dtype) { return dtype == FUSED_MLP_F32 ? 4 : 2; }
-
-// What a tensor map describes: a matrix whose rows lie on 16 bytes.
-bool describable(const void *matrix, long long stride, int dtype) {
-  return reinterpret_cast<unsigned long long>(matrix) % 16 == 0 && stride * element_bytes(dtype) % 16 == 0 && stride > 0;
-}
-
-// The stride of one row alone means nothing; a tensor map has one all the same.
-long long x_stride(const FusedMlpArgs &args) {
-  return args.tokens > 1 ? args.x_stride : (args.hidden_size + 7ll) / 8 * 8;
-}
-
-bool takes(const FusedMlpArgs &args) {
-  Finish finish;
-  float slope;
-  const bool known = args.dtype == FUSED_MLP_BF16 || args.dtype == FUSED_MLP_F16 || args.dtype == FUSED_MLP_F32;
-  // Gate and up leave no room to keep sums of so great a depth accurate.
-  const bool too_deep = args.dtype == FUSED_MLP_F32 && args.gated && args.hidden_size > 8192;
-  return known && !too_deep && args.tokens > 0 && args.hidden_size > 0 && args.intermediate_size > 0 && args.output_size > 0 &&
-         args.intermediate_size * element_bytes(args.dtype) % 16 == 0 &&
-         args.output_size * element_bytes(args.dtype) % 16 == 0 && args.x && args.gate && args.down &&
-         (!args.gated || args.up) && finish_of(args.activation, &finish, &slope) &&
-         describable(args.x, x_stride(args), args.dtype) && describable(args.gate, args.gate_stride, args.dtype) &&
-         (!args.gated || describable(args.up, args.up_stride, args.dtype)) &&
-         describable(args.down, args.down_stride, args.dtype);
-}
-
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // About how long a product takes with these tiles, in microseconds on an H100: waves of tiles, each as long as its
 // products or its copies from L2, whichever takes longer, and then its finish; or as long as its weights take from
@@ -183,31 +141,6 @@ int enqueue(const Operands &o, bool gated, cudaStream_t stream) {
   return status == FUSED_MLP_OK ? tiles->enqueue(o, stream) : status;
 }
 
-// Bytes of the hidden rows, to where the next thing in the workspace may begin.
-unsigned long long hidden_bytes(const FusedMlpArgs &args) {
-  return (1ull * element_bytes(args.dtype) * args.tokens * args.intermediate_size + 255) / 256 * 256;
-}
-
-// The second product, without what depends on the workspace's size.
-Operands second_product(const FusedMlpArgs &args) {
-  Operands second = {};
-  second.rows = args.workspace;
-  second.weights = args.down;
-  second.bias = args.bias_down;
-  second.out = args.out;
-  second.rows_stride = args.intermediate_size;
-  second.weights_stride = args.down_stride;
-  second.out_stride = args.output_size;
-  second.tokens = args.tokens;
-  second.depth = args.intermediate_size;
-  second.columns = args.output_size;
-  second.dtype = args.dtype;
-  second.finish = Finish::None;
-  // The first product waits for all before it, and this one begins only when that has waited.
-  second.weights_early = true;
-  return second;
-}
-
 // What the second product needs besides the hidden rows.
 int meeting_bytes_of(const FusedMlpArgs &args, unsigned long long *bytes) {
   Operands second = second_product(args);
@@ -223,6 +156,8 @@ int meeting_bytes_of(const FusedMlpArgs &args, unsigned long long *bytes) {
 } // namespace fused_mlp
 
 extern "C" int fused_mlp_gemm_takes(const FusedMlpArgs *args, int *takes) {
+  if (args->path == FUSED_MLP_PATH_GEMM_AMPERE)
+    return fused_mlp::gemm_ampere_takes(*args, takes);
   bool runs = false;
   const bool described = fused_mlp::takes(*args);
   const int status = described ? fused_mlp::runs_here(&runs) : FUSED_MLP_OK;
@@ -232,6 +167,8 @@ extern "C" int fused_mlp_gemm_takes(const FusedMlpArgs *args, int *takes) {
 
 extern "C" int fused_mlp_gemm_workspace_bytes(const FusedMlpArgs *args, uint64_t *bytes) {
   using namespace fused_mlp;
+  if (args->path == FUSED_MLP_PATH_GEMM_AMPERE)
+    return gemm_ampere_workspace_bytes(*args, bytes);
   unsigned long long meeting = 0;
   const int status = meeting_bytes_of(*args, &meeting);
   *bytes = hidden_bytes(*args) + meeting;
@@ -240,11 +177,10 @@ extern "C" int fused_mlp_gemm_workspace_bytes(const FusedMlpArgs *args, uint64_t
 
 extern "C" int fused_mlp_gemm(const FusedMlpArgs *args, cudaStream_t stream) {
   using namespace fused_mlp;
-  bool runs = false;
-  int status = runs_here(&runs);
+  int taken = 0, status = fused_mlp_gemm_takes(args, &taken);
   if (status != FUSED_MLP_OK)
     return status;
-  if (!runs || !takes(*args))
+  if (!taken)
     return FUSED_MLP_UNSUPPORTED;
   if (!args->out || !args->workspace || reinterpret_cast<unsigned long long>(args->workspace) % 16 != 0 ||
       reinterpret_cast<unsigned long long>(args->out) % 16 != 0)
@@ -253,6 +189,8 @@ extern "C" int fused_mlp_gemm(const FusedMlpArgs *args, cudaStream_t stream) {
     return FUSED_MLP_WORKSPACE_TOO_SMALL;
   if (!stream)
     stream = cudaStreamLegacy;
+  if (args->path == FUSED_MLP_PATH_GEMM_AMPERE)
+    return gemm_ampere(*args, stream);
   Operands second = second_product(*args);
   unsigned long long meeting = 0;
   status = meeting_bytes_of(*args, &meeting);
@@ -261,24 +199,9 @@ extern "C" int fused_mlp_gemm(const FusedMlpArgs *args, cudaStream_t stream) {
   if (meeting > 0 && args->workspace_bytes >= hidden_bytes(*args) + meeting)
     second.meeting = static_cast<char *>(args->workspace) + hidden_bytes(*args);
   Operands first = {};
-  first.rows = args->x;
-  first.weights = args->gate;
-  first.up = args->up;
-  first.bias = args->bias_gate;
-  first.bias_up = args->gated ? args->bias_up : nullptr;
-  first.out = args->workspace;
-  first.rows_stride = x_stride(*args);
-  first.weights_stride = args->gate_stride;
-  first.up_stride = args->up_stride;
-  first.out_stride = args->intermediate_size;
-  first.tokens = args->tokens;
-  first.depth = args->hidden_size;
-  first.columns = args->intermediate_size;
-  first.dtype = args->dtype;
-  first.weights_early = false;
-  first.clear = second.meeting;
-  if (!finish_of(args->activation, &first.finish, &first.slope))
+  if (!first_product(*args, &first))
     return FUSED_MLP_UNSUPPORTED;
+  first.clear = second.meeting;
   status = enqueue(first, args->gated, stream);
   if (status != FUSED_MLP_OK)
     return status;

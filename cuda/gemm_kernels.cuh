@@ -24,7 +24,7 @@ struct Operands {
   bool weights_early; // the kernel before does not write the weights, and ran after all that may
 };
 
-// One shape of tiles, as in gemm_hopper.cuh.
+// One shape of tiles, as in gemm_hopper.cuh and gemm_ampere.cuh.
 struct Variant {
   bool gated, pingpong;
   int rows, weights, columns; // of a tile: tokens, rows of weights, columns of the output

@@ -250,7 +250,7 @@ fn on_cuda(workload: &Workload, gpu_id: usize) -> Result<(String, Option<Cost>)>
     use crate::cuda::{kernel_for, Kernel};
     Ok(match kernel_for("plan", workload, gpu_id)? {
         None => ("cuda-none".to_string(), Count::new(workload.dtype).cost()),
-        Some(Kernel::Gemm) => ("cuda-gemm".to_string(), two_launches_cost(workload)),
+        Some(kernel @ (Kernel::Gemm | Kernel::GemmAmpere)) => (format!("cuda-{kernel}"), two_launches_cost(workload)),
         Some(Kernel::Matmul) => ("cuda-matmul".to_string(), products_cost(workload)),
         Some(kernel) => {
             let launches = kernel.passes(workload.tokens);

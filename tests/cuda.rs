@@ -30,6 +30,7 @@ fn kernels(dtype: DType, (hidden, intermediate): (usize, usize)) -> Vec<Kernel> 
             let chunk = 128 / dtype.size_in_bytes();
             dtype != DType::F64 && hidden % chunk == 0 && intermediate % chunk == 0
         }
+        Kernel::GemmAmpere => half && hidden % 8 == 0 && intermediate % 8 == 0,
         Kernel::Gemm => {
             let pieces = 16 / dtype.size_in_bytes();
             dtype != DType::F64 && hidden % pieces == 0 && intermediate % pieces == 0
@@ -52,7 +53,10 @@ fn most_tokens(kernel: Kernel, dtype: DType) -> usize {
     }
 }
 
-/// The activations that `Kernel::Gemm` has.
+/// The kernels for many tokens.
+const GEMMS: [Kernel; 2] = [Kernel::Gemm, Kernel::GemmAmpere];
+
+/// The activations that they have.
 const GEMM: [Activation; 5] =
     [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::QuickGelu, Activation::Relu];
 
@@ -86,7 +90,7 @@ fn every_kernel() -> Result<()> {
         for (hidden, intermediate) in [(72, 200), (128, 192)] {
             for kernel in kernels(dtype, (hidden, intermediate)) {
                 for (i, &activation) in Activation::ALL.iter().enumerate() {
-                    if kernel == Kernel::Gemm && !GEMM.contains(&activation) {
+                    if GEMMS.contains(&kernel) && !GEMM.contains(&activation) {
                         continue;
                     }
                     let random = &mut Random::new(i as u64);
@@ -147,7 +151,7 @@ fn small_models() -> Result<()> {
     Ok(())
 }
 
-/// Every tile of the kernel for many tokens: sizes that end within a tile, with and without biases, packed and
+/// Every tile of the kernels for many tokens: sizes that end within a tile, with and without biases, packed and
 /// separate weights, twice the same bits.
 #[test]
 fn many_tokens() -> Result<()> {
@@ -168,22 +172,26 @@ fn many_tokens() -> Result<()> {
                     0 => GateUp::Separate { gate: gate.clone(), up: up.clone() },
                     _ => packed(&gate, &up, PackedOrder::UpGate)?,
                 };
-                Kernel::Gemm.with(|| {
-                    let found = fused_mlp(&xs, &gate, &down, activation)?;
-                    assert_near(&found, &exact_mlp(&xs, &gate, &down, activation)?, &what)?;
-                    let found = fused_swiglu(&xs, &gate_up, &down, activation)?;
-                    assert_near(&found, &exact_swiglu(&xs, &gate_up, &down, activation)?, &what)?;
-                    let again = fused_swiglu(&xs, &gate_up, &down, activation)?;
-                    assert_eq!(values(&again)?, values(&found)?, "{what}, again");
-                    Ok(())
-                })?;
+                let exact = exact_mlp(&xs, &gate, &down, activation)?;
+                let exact_gated = exact_swiglu(&xs, &gate_up, &down, activation)?;
+                for kernel in kernels(dtype, (hidden, intermediate)).into_iter().filter(|k| GEMMS.contains(k)) {
+                    let what = format!("{kernel} {what}");
+                    kernel.with(|| {
+                        assert_near(&fused_mlp(&xs, &gate, &down, activation)?, &exact, &what)?;
+                        let found = fused_swiglu(&xs, &gate_up, &down, activation)?;
+                        assert_near(&found, &exact_gated, &what)?;
+                        let again = fused_swiglu(&xs, &gate_up, &down, activation)?;
+                        assert_eq!(values(&again)?, values(&found)?, "{what}, again");
+                        Ok(())
+                    })?;
+                }
             }
         }
     }
     Ok(())
 }
 
-/// Rows that no tensor map describes, and what the kernel for many tokens has no arithmetic for, take another path.
+/// Rows that no tensor map describes, and what the kernels for many tokens have no arithmetic for, take another path.
 #[test]
 fn what_tensor_maps_cannot_describe() -> Result<()> {
     let device = &Device::new_cuda(0)?;
@@ -202,9 +210,11 @@ fn what_tensor_maps_cannot_describe() -> Result<()> {
             };
             let exact = exact_mlp(&xs, &dense(fc1)?, &dense(fc2)?, Activation::Silu)?;
             assert_near(&fused_mlp(&xs, fc1, fc2, Activation::Silu)?, &exact, "chosen")?;
-            let forced = Kernel::Gemm.with(|| fused_mlp(&xs, fc1, fc2, Activation::Silu));
-            let error = forced.map(|ys| ys.dims().to_vec()).unwrap_err().to_string();
-            assert!(error.contains("kernel that does not take this"), "{error}");
+            for kernel in GEMMS {
+                let forced = kernel.with(|| fused_mlp(&xs, fc1, fc2, Activation::Silu));
+                let error = forced.map(|ys| ys.dims().to_vec()).unwrap_err().to_string();
+                assert!(error.contains("kernel that does not take this"), "{error}");
+            }
         }
         let found = fused_mlp(&xs, &aligned, &aligned, Activation::Mish)?;
         assert_near(&found, &exact_mlp(&xs, &aligned, &aligned, Activation::Mish)?, "mish")?;
@@ -247,6 +257,32 @@ fn rows_are_independent() -> Result<()> {
     Ok(())
 }
 
+/// In a kernel for many tokens a row's bits do not depend on its place among as many.
+#[test]
+fn rows_in_any_order() -> Result<()> {
+    let device = &Device::new_cuda(0)?;
+    for dtype in [DType::BF16, DType::F16, DType::F32] {
+        for sizes in [(576, 1536), (1024, 2816), (264, 8200)] {
+            let random = &mut Random::new(15);
+            let module = gated(random, sizes, dtype, device)?;
+            for kernel in kernels(dtype, sizes).into_iter().filter(|k| GEMMS.contains(k)) {
+                for tokens in [65, 130, 300, 1000] {
+                    let xs = random.normal(&[tokens, sizes.0], 1., dtype, device)?;
+                    let order: Vec<u32> = (0..tokens as u32).map(|i| (i * 37 + 11) % tokens as u32).collect();
+                    let order = Tensor::new(order, device)?;
+                    kernel.with(|| {
+                        let expected = module.forward(&xs)?.index_select(&order, 0)?;
+                        let found = module.forward(&xs.index_select(&order, 0)?)?;
+                        assert_eq!(values(&found)?, values(&expected)?, "{kernel} {dtype:?} {sizes:?} {tokens}");
+                        Ok(())
+                    })?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Two threads, on two streams and on candle's stream that is another one in each thread.
 #[test]
 fn two_streams_at_once() -> Result<()> {
@@ -268,6 +304,7 @@ fn two_streams_at_once() -> Result<()> {
                 (9, Kernel::Decode),
                 (5, Kernel::DecodePortable),
                 (150, Kernel::Gemm),
+                (150, Kernel::GemmAmpere),
                 (150, Kernel::Matmul),
             ];
             let takes =
@@ -333,6 +370,7 @@ fn graphs_replay() -> Result<()> {
         (DType::F64, Kernel::DecodePortable, 3),
         (DType::BF16, Kernel::Gemm, 200),
         (DType::F32, Kernel::Gemm, 200),
+        (DType::F16, Kernel::GemmAmpere, 200),
     ] {
         let random = &mut Random::new(6);
         let sizes = if kernel == Kernel::DecodeCluster { (64, 172) } else { (576, 1536) };

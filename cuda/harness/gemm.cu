@@ -1,18 +1,20 @@
 // Checks and times the products for many tokens on a GPU, tile by tile, without Rust between. From the folder `cuda`:
 //
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -I. -o harness/gemm harness/gemm.cu gemm.cu gemm_hopper_bf16.cu
-//     gemm_hopper_f16.cu gemm_hopper_f32.cu elementwise.cu -lcublas
+//     gemm_hopper_f16.cu gemm_hopper_f32.cu gemm_ampere.cu gemm_ampere_bf16.cu gemm_ampere_f16.cu elementwise.cu -lcublas
 //
-//   gemm check          every tile against f64, poisoned outputs, twice the same bits
+//   gemm check [quick] [ampere]
+//                       every tile against f64, poisoned outputs, twice the same bits, and those of a row also elsewhere;
+//                       with `ampere` the tiles of gemm_ampere.cuh, in bf16 and f16
 //   gemm accuracy       a product in f32 beside SGEMM, errors against f64, random and badly scaled inputs
-//   gemm sweep bf16|f32 SHAPE|all WINDOW_US TOKENS...
+//   gemm sweep bf16|f32|ampere SHAPE|all WINDOW_US TOKENS...
 //                       every tile on the shapes of PERFORMANCE.md: each product alone and beside the other, the choice of
 //                       gemm.cu, cuBLAS with one elementwise launch; a cold stack of weights, in CUDA graphs
-//   gemm chosen bf16|f32 SHAPE|all WINDOW_US TOKENS...
+//   gemm chosen bf16|f32|ampere SHAPE|all WINDOW_US TOKENS...
 //                       the choice and cuBLAS only, turn after turn and each after a pause
 #include "activation.cuh"
 #include "element.cuh"
-#include "gemm_kernels.cuh"
+#include "gemm_ampere.h"
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -41,11 +43,14 @@ namespace {
 using B = __nv_bfloat16;
 
 template <typename T> constexpr bool IS_F32 = std::is_same_v<T, float>;
-template <typename T> constexpr int DTYPE = IS_F32<T> ? FUSED_MLP_F32 : FUSED_MLP_BF16;
+template <typename T> constexpr bool IS_F16 = std::is_same_v<T, __half>;
+template <typename T> constexpr int DTYPE = IS_F32<T> ? FUSED_MLP_F32 : IS_F16<T> ? FUSED_MLP_F16 : FUSED_MLP_BF16;
 
-template <typename T> std::vector<Variant> all_variants() {
+template <typename T> std::vector<Variant> all_variants(bool ampere) {
   int count = 0;
-  const Variant *const v = IS_F32<T> ? gemm_variants_f32(&count) : gemm_variants_bf16(&count);
+  const Variant *const v = IS_F32<T>   ? gemm_variants_f32(&count)
+                           : IS_F16<T> ? (ampere ? gemm_ampere_variants_f16 : gemm_variants_f16)(&count)
+                                       : (ampere ? gemm_ampere_variants_bf16 : gemm_variants_bf16)(&count);
   return std::vector<Variant>(v, v + count);
 }
 
@@ -154,13 +159,16 @@ template <typename T> double error_of(const Operands &o, bool gated, Activation 
 }
 
 // Room for the sums that any tiles hand over.
-void *meeting_for(int tokens, int columns) {
+long long meeting_bytes(int tokens, int columns, bool ampere) {
+  return 4 * MEETINGS + (ampere ? 8 : 1) * 4ll * (tokens + 512) * (columns + 512);
+}
+void *meeting_for(int tokens, int columns, bool ampere) {
   void *p;
-  CUDA_OK(cudaMalloc(&p, 4 * MEETINGS + 4ll * (tokens + 512) * (columns + 512)));
+  CUDA_OK(cudaMalloc(&p, meeting_bytes(tokens, columns, ampere)));
   return p;
 }
 
-template <typename T> int check(bool quick) {
+template <typename T> int check(bool quick, bool ampere) {
   int failures = 0, cases = 0;
   double worst = 0;
   const struct {
@@ -169,9 +177,13 @@ template <typename T> int check(bool quick) {
                {1, 64, 8, 0},    {515, 1544, 1000, 0}, {2100, 576, 4104, 0}, {130, 8200, 264, 0}};
   const Activation activations[] = {Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu,
                                     Activation::QuickGelu};
-  for (const Variant &v : all_variants<T>()) {
+  for (const Variant &v : all_variants<T>(ampere)) {
     for (int s = 0; s < (quick ? 2 : 7); ++s) {
       const auto &size = sizes[s];
+      // There are no more flags for tiles whose depth is split.
+      const int tiles = ((size.tokens + v.rows - 1) / v.rows) * ((size.columns + v.columns - 1) / v.columns);
+      if (ampere && v.split > 1 && tiles > MEETINGS)
+        continue;
       const Activation activation = activations[(s + cases) % 5];
       Operands o = {};
       o.tokens = size.tokens;
@@ -194,7 +206,7 @@ template <typename T> int check(bool quick) {
       const size_t bytes = o.tokens * o.out_stride * sizeof(T);
       std::vector<char> first(bytes), second(bytes);
       CUDA_OK(cudaMalloc(&o.out, bytes));
-      void *const meeting = meeting_for(o.tokens, o.columns);
+      void *const meeting = meeting_for(o.tokens, o.columns, ampere);
       for (int run = 0; run < 2; ++run) {
         o.weights_early = run;
         CUDA_OK(cudaMemset(o.out, 0xff, bytes));
@@ -204,7 +216,20 @@ template <typename T> int check(bool quick) {
         CUDA_OK(cudaMemcpy((run ? second : first).data(), o.out, bytes, cudaMemcpyDeviceToHost));
       }
       const double error = error_of<T>(o, v.gated, activation, none);
-      const bool same = first == second;
+      bool same = first == second;
+      if (o.tokens > 37) {
+        // The last rows alone, in other places of other tiles.
+        constexpr int BEFORE = 37;
+        Operands last = o;
+        last.rows = (const T *)o.rows + BEFORE * o.rows_stride;
+        last.tokens -= BEFORE;
+        CUDA_OK(cudaMemset(o.out, 0xff, bytes));
+        CUDA_OK(cudaMemset(meeting, 0, 4 * MEETINGS));
+        CUDA_OK(v.enqueue(last, 0));
+        CUDA_OK(cudaMemcpy(second.data(), o.out, bytes, cudaMemcpyDeviceToHost));
+        const size_t before = BEFORE * o.out_stride * sizeof(T);
+        same = same && std::equal(first.begin() + before, first.end(), second.begin());
+      }
       ++cases;
       worst = std::max(worst, error);
       if (error > (IS_F32<T> ? 2e-6 : 4e-3) || !same) {
@@ -216,7 +241,11 @@ template <typename T> int check(bool quick) {
         cudaFree(const_cast<void *>(p));
     }
   }
-  std::printf("check %s: %d cases, %d failures, largest error %.2e\n", IS_F32<T> ? "f32" : "bf16", cases, failures, worst);
+  std::printf("check %s%s: %d cases, %d failures, largest error %.2e\n", ampere ? "ampere " : "",
+              IS_F32<T>   ? "f32"
+              : IS_F16<T> ? "f16"
+                          : "bf16",
+              cases, failures, worst);
   return failures != 0;
 }
 
@@ -225,7 +254,7 @@ int accuracy() {
   cublasHandle_t blas;
   CUDA_OK(cublasCreate(&blas));
   const Variant v = [] {
-    for (const Variant &v : all_variants<float>())
+    for (const Variant &v : all_variants<float>(false))
       if (!v.gated && v.weights == 128)
         return v;
     std::exit(1);
@@ -353,10 +382,10 @@ std::function<void(int)> launch_of(const std::vector<Candidate> &list, const std
 constexpr int pause_us = 60000;
 
 template <typename T>
-void sweep(const char *filter, const std::vector<int> &token_counts, float window_us, bool all_tiles) {
+void sweep(const char *filter, const std::vector<int> &token_counts, float window_us, bool all_tiles, bool ampere) {
   constexpr int ELEMENT = sizeof(T);
   constexpr double RATE = IS_F32<T> ? 50e6 : 781.6e6; // operations a microsecond, of the floors
-  const std::vector<Variant> variants = all_variants<T>();
+  const std::vector<Variant> variants = all_variants<T>(ampere);
   cublasHandle_t blas;
   CUDA_OK(cublasCreate(&blas));
   CUDA_OK(cublasSetStream(blas, Graph::stream()));
@@ -379,8 +408,9 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
     }
     T *x = normal<T>(most * h, 1.f), *hidden = normal<T>(most * n, 0.5f), *hidden2 = normal<T>(most * n, 0.5f),
       *out = normal<T>(most * h, 1.f), *bias_n = normal<T>(n, 0.5f), *bias_h = normal<T>(h, 0.5f);
-    void *const meeting = meeting_for(most, h), *workspace;
-    CUDA_OK(cudaMalloc(&workspace, most * n * ELEMENT + 4 * MEETINGS + 4ll * (most + 512) * (h + 512)));
+    const uint64_t workspace_bytes = most * n * ELEMENT + meeting_bytes(most, h, ampere);
+    void *const meeting = meeting_for(most, h, ampere), *workspace;
+    CUDA_OK(cudaMalloc(&workspace, workspace_bytes));
     CUDA_OK(cudaMemset(meeting, 0, 4 * MEETINGS));
     CUDA_OK(cudaDeviceSynchronize());
     for (int tokens : token_counts) {
@@ -432,7 +462,8 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
           break;
         if ((v.split > 1 || v.links > 1) && tokens > 512)
           continue;
-        if (v.gated == !!shape.gated && v.links == 1) // what its clusters meet at is cleared by a first product
+        // What blocks meet at is cleared by a first product.
+        if (v.gated == !!shape.gated && v.links == 1 && !(ampere && v.split > 1))
           firsts.push_back({name_of(v), [&](int i) { CUDA_OK(v.enqueue(operands(true, i), Graph::stream())); }, {}});
         if (!v.gated)
           seconds.push_back({name_of(v), [&](int i) { CUDA_OK(v.enqueue(operands(false, i), Graph::stream())); }, {}});
@@ -472,7 +503,6 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
         with_first = beside(seconds, launch_of(firsts, with_second[0].name), true);
       }
       // Both together, by turns with cuBLAS and one elementwise launch.
-      const uint64_t workspace_bytes = most * n * ELEMENT + 4 * MEETINGS + 4ll * (most + 512) * (h + 512);
       std::vector<Candidate> whole;
       if (all_tiles)
         whole.push_back({"both: " + with_second[0].name + " + " + with_first[0].name,
@@ -502,6 +532,7 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
                          a.gated = shape.gated;
                          a.dtype = DTYPE<T>;
                          a.activation = int(shape.gated ? Activation::Silu : Activation::Gelu);
+                         a.path = ampere ? FUSED_MLP_PATH_GEMM_AMPERE : FUSED_MLP_PATH_AUTO;
                          CUDA_OK(fused_mlp_gemm(&a, Graph::stream()));
                        },
                        {}});
@@ -568,8 +599,14 @@ void sweep(const char *filter, const std::vector<int> &token_counts, float windo
 int main(int argc, char **argv) {
   using namespace fused_mlp;
   const std::string mode = argc > 1 ? argv[1] : "";
-  if (mode == "check")
-    return check<B>(argc > 2) + check<float>(argc > 2);
+  if (mode == "check") {
+    const auto has = [&](const char *word) {
+      return std::any_of(argv + 2, argv + argc, [&](const char *a) { return !std::strcmp(a, word); });
+    };
+    const bool quick = has("quick");
+    return has("ampere") ? check<B>(quick, true) + check<__half>(quick, true)
+                         : check<B>(quick, false) + check<float>(quick, false);
+  }
   if (mode == "accuracy")
     return accuracy();
   if ((mode == "sweep" || mode == "chosen") && argc > 4) {
@@ -577,9 +614,10 @@ int main(int argc, char **argv) {
     for (int i = 5; i < argc; ++i)
       tokens.push_back(std::atoi(argv[i]));
     const char *const filter = std::strcmp(argv[3], "all") ? argv[3] : nullptr;
-    (std::strcmp(argv[2], "f32") ? sweep<B> : sweep<float>)(filter, tokens, std::atof(argv[4]), mode == "sweep");
+    (std::strcmp(argv[2], "f32") ? sweep<B> : sweep<float>)(filter, tokens, std::atof(argv[4]), mode == "sweep",
+                                                            !std::strcmp(argv[2], "ampere"));
     return 0;
   }
-  std::printf("usage: gemm check [quick] | accuracy | sweep|chosen bf16|f32 SHAPE|all WINDOW_US TOKENS...\n");
+  std::printf("usage: gemm check [quick] [ampere] | accuracy | sweep|chosen bf16|f32|ampere SHAPE|all WINDOW_US TOKENS...\n");
   return 2;
 }

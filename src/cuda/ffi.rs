@@ -60,6 +60,7 @@ pub(super) const PATH_DIRECT_DEPENDENT: i32 = 3;
 pub(super) const PATH_HOPPER: i32 = 4;
 pub(super) const PATH_RESIDENT: i32 = 5;
 pub(super) const PATH_CLUSTER: i32 = 6;
+pub(super) const PATH_GEMM_AMPERE: i32 = 7;
 
 extern "C" {
     fn fused_mlp_decode_workspace_bytes(args: *const DecodeArgs) -> u64;
@@ -114,7 +115,7 @@ pub(super) unsafe fn decode(op: &str, args: &DecodeArgs, stream: &CudaStream) ->
     checked(op, fused_mlp_decode(args, stream.cu_stream().cast()))
 }
 
-/// Whether [`gemm`] takes these arguments on the stream's device.
+/// Whether [`gemm`] takes these arguments on the stream's device, by `PATH_AUTO` or `PATH_GEMM_AMPERE`.
 ///
 /// # Errors
 /// A device whose properties cannot be asked for.

@@ -50,6 +50,9 @@ pub enum Kernel {
     /// bf16, f16 and f32 where all rows lie on 16 bytes, with SiLU, GELU (both), quick GELU or ReLU. In f32 each product is
     /// three of parts of 11 bits, as accurate as f32's own.
     Gemm,
+    /// A launch for each layer on the tensor cores of any GPU from sm_80 on; for bf16 and f16 where all rows lie on 16 bytes,
+    /// with the activations of [`Gemm`](Self::Gemm), which is faster on sm_90. It was measured on an H100 only.
+    GemmAmpere,
     /// candle's products, and one launch for all that is between them.
     Matmul,
 }
@@ -60,7 +63,7 @@ thread_local! {
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::DecodeCluster,
         Self::DecodeResident,
         Self::DecodeHopper,
@@ -68,6 +71,7 @@ impl Kernel {
         Self::Decode,
         Self::DecodePortable,
         Self::Gemm,
+        Self::GemmAmpere,
         Self::Matmul,
     ];
 
@@ -81,6 +85,7 @@ impl Kernel {
             Self::Decode => "decode",
             Self::DecodePortable => "decode-portable",
             Self::Gemm => "gemm",
+            Self::GemmAmpere => "gemm-ampere",
             Self::Matmul => "matmul",
         }
     }
@@ -105,12 +110,12 @@ impl Kernel {
     /// How many launches it takes, and how often it reads the weights: a decode kernel takes up to 64 tokens at a time.
     pub(crate) fn passes(self, tokens: usize) -> usize {
         match self {
-            Self::Gemm | Self::Matmul => 1,
+            Self::Gemm | Self::GemmAmpere | Self::Matmul => 1,
             _ => tokens.div_ceil(64),
         }
     }
 
-    /// The path of the C interface, for a decode kernel; the others have none.
+    /// The path of the C interface.
     fn path(self) -> i32 {
         match self {
             Self::DecodeCluster => ffi::PATH_CLUSTER,
@@ -119,6 +124,7 @@ impl Kernel {
             Self::DecodeDependent => ffi::PATH_DIRECT_DEPENDENT,
             Self::Decode => ffi::PATH_DIRECT,
             Self::DecodePortable => ffi::PATH_PORTABLE,
+            Self::GemmAmpere => ffi::PATH_GEMM_AMPERE,
             Self::Gemm | Self::Matmul => ffi::PATH_AUTO,
         }
     }
@@ -136,6 +142,8 @@ struct Facts {
     path: i32,
     /// Whether [`Kernel::Gemm`] takes it.
     gemm: bool,
+    /// Whether [`Kernel::GemmAmpere`] takes it, and [`Kernel::Gemm`] does not.
+    gemm_ampere: bool,
     dtype: DType,
     gated: bool,
     tokens: usize,
@@ -146,7 +154,7 @@ struct Facts {
 /// Which kernel runs where weights' rows are contiguous: the one place where that is decided, by what was measured
 /// (`PERFORMANCE.md`). Other weights go to [`Kernel::Matmul`].
 fn choose(facts: &Facts) -> Kernel {
-    let &Facts { path, gemm, dtype, gated, tokens, weights } = facts;
+    let &Facts { path, gemm, gemm_ampere, dtype, gated, tokens, weights } = facts;
     if weights == 0 {
         // candle's product has no rule for sums of nothing.
         return Kernel::DecodePortable;
@@ -177,6 +185,14 @@ fn choose(facts: &Facts) -> Kernel {
         (_, 513..=576) => wide >= 64,
         _ => false,
     };
+    // Where it took no longer than candle's own ops, in ordinary calls of both on an H100. cuBLAS has instructions there that
+    // these kernels and older GPUs have not, so on those there may be more such sizes: none was measured.
+    let ampere_is_no_slower = tokens > 64
+        && match (gated, wide) {
+            (true, 0..8) | (false, 0..96) => true,
+            (true, 8..96) => tokens <= 128,
+            _ => false,
+        };
     match path {
         ffi::PATH_CLUSTER if tokens <= 64 => Kernel::DecodeCluster,
         ffi::PATH_RESIDENT => Kernel::DecodeResident,
@@ -184,6 +200,7 @@ fn choose(facts: &Facts) -> Kernel {
         ffi::PATH_DIRECT_DEPENDENT if tokens <= most_tokens => Kernel::DecodeDependent,
         ffi::PATH_DIRECT if tokens <= most_tokens => Kernel::Decode,
         _ if gemm && !matmul_is_faster => Kernel::Gemm,
+        _ if gemm_ampere && ampere_is_no_slower => Kernel::GemmAmpere,
         _ => Kernel::Matmul,
     }
 }
@@ -227,7 +244,10 @@ fn chosen(op: &str, args: &ffi::DecodeArgs, dtype: DType, stream: &CudaStream) -
         _ => intermediate_size.saturating_mul(projections * hidden_size + out_features),
     };
     let gemm = ffi::gemm_takes(op, args, stream)?;
-    Ok(choose(&Facts { path, gemm, dtype, gated: args.gated != 0, tokens: args.tokens as usize, weights }))
+    let gemm_ampere =
+        !gemm && ffi::gemm_takes(op, &ffi::DecodeArgs { path: Kernel::GemmAmpere.path(), ..*args }, stream)?;
+    let tokens = args.tokens as usize;
+    Ok(choose(&Facts { path, gemm, gemm_ampere, dtype, gated: args.gated != 0, tokens, weights }))
 }
 
 /// The kernel that [`forward`] takes on a GPU where x and all weights are contiguous and lie on 16 bytes, or where the
@@ -371,7 +391,8 @@ fn forward_of<E: Element>(problem: &Problem, tokens: usize) -> Result<CudaStorag
             activation_param: activation.parameter().unwrap_or(0.),
         };
         let kernel = chosen(op, &args, xs.view().0.dtype(), &stream)?;
-        if kernel == Kernel::Gemm {
+        if matches!(kernel, Kernel::Gemm | Kernel::GemmAmpere) {
+            let args = ffi::DecodeArgs { path: kernel.path(), ..args };
             let workspace_bytes = ffi::gemm_workspace_bytes(op, &args, &stream)?;
             let mut hidden = allocate::<E>(device, workspace_bytes as usize / size_of::<E>())?;
             let mut out = allocate::<E>(device, tokens * out_features)?;
