@@ -205,6 +205,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const int count = min(AT_ONCE, divide_up(pieces - first, THREADS));
         uint4 v[AT_ONCE];
         unsigned waits = (1u << count) - 1, asked = 1u << (count - 1); // a bit for each piece
+        bool last_came;
         do {
 #pragma unroll
           for (int i = 0; i < AT_ONCE; ++i)
@@ -214,9 +215,10 @@ __global__ void __launch_bounds__(THREADS, 1)
           for (int i = 0; i < AT_ONCE; ++i)
             if ((waits & asked & 1u << i) && has_come(v[i]))
               waits &= ~(1u << i);
-          if (!(waits & asked))
+          last_came = !(waits & asked);
+          if (last_came)
             asked = ~0u;
-        } while (waits && clock64() - since <= patience);
+        } while (waits && (last_came || clock64() - since <= patience));
         if (waits) {
           late = first + (31 - __clz(waits)) * THREADS;
           break;
