@@ -9,7 +9,9 @@
 // the down projection's rows. When the producer has asked for its last gate and up rows it goes on to ask for down rows,
 // which depend on nothing: the one grid-wide wait, for the hidden rows, passes while they are on the way. Only the hidden
 // rows themselves are asked for after it. The second layer's depth may be cut into parts, each a block's, so that blocks
-// read a part of the hidden rows for so many times as many down rows; the last block to be done adds the parts.
+// read a part of the hidden rows for so many times as many down rows. For few tokens the block of the last part adds the
+// others' sums: each is stored together with the launch's number, so that it says itself whether it is there, and no fence or
+// counter lies between. Otherwise the last block to be done adds the parts.
 //
 // Weights are the M operand of the products and tokens the N operand: the price of 8 tokens is that of one, and a
 // token's column is computed alike whatever is beside it. So a row has the same bits in any company, and on any run
@@ -19,10 +21,11 @@
 // bits and a low one, and a product is low high + high low + high high; low low, 2^-22 of it, is left out. Tensor cores cut
 // off bits where they add, so each chunk's sums start from zero, small terms by themselves, and are added in f32.
 //
-// No deadlock, whatever is resident: a block waits for the hidden rows only. Slice b of the first layer belongs to
-// whoever claims it with an atomic, normally block b, whose first copies are under way meanwhile. A block whose wait is
-// longer than its own share took empties its ring and computes slices that nobody has claimed. So each slice is either
-// held by a block that runs, and that waits for nothing before it has delivered it, or free for the waiting block to take.
+// No deadlock, whatever is resident: a block waits for the hidden rows, and for other parts' sums, which it makes itself if
+// they are long in coming. Slice b of the first layer belongs to whoever claims it with an atomic, normally block b, whose
+// first copies are under way meanwhile. A block whose wait is longer than its own share took empties its ring and computes
+// slices that nobody has claimed. So each slice is either held by a block that runs, and that waits for nothing before it has
+// delivered it, or free for the waiting block to take.
 //
 // Dependent launch: the next launch's blocks may start while this one ends. Before wait_for_previous_kernel they only
 // ask for their first weights to be brought as far as L2, where a copy made after the wait reads what memory then holds.
@@ -75,6 +78,9 @@ struct HopperPlan {
   int prefetched_stages;
   int tagged; // whether a set's blocks exchange their sums as TaggedSum
 };
+
+// Whether a set's blocks may exchange their sums as TaggedSum. In f32 what it takes of registers slows down the products.
+__host__ __device__ constexpr bool can_tag(bool is_f32, int token_rows) { return !is_f32 && token_rows <= TAGGED_TOKENS; }
 
 struct Maps {
   CUtensorMap x, gate, up, hidden, down;
@@ -371,9 +377,10 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
   if (plan.tagged && has_rows && part == plan.parts - 1)
     for (unsigned parity = 0;; parity ^= 1) {
       barrier_wait(missing.barrier, parity);
-      if (*missing.part < 0)
+      const int missing_part = atomicAdd(missing.part, 0);
+      if (missing_part < 0)
         return;
-      depth_begin = *missing.part * second.sum_chunks;
+      depth_begin = missing_part * second.sum_chunks;
       depth_end = min(depth_begin + second.sum_chunks, second.chunks);
       Cursor at = {row_begin, 0};
       for (int i = 0; i < stages_in_all; ++i, advance(at), ring.next()) {
@@ -392,6 +399,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #ifdef FUSED_MLP_HOPPER
   constexpr int SUMS = NT / 2;
   constexpr bool IS_F32 = std::is_same_v<T, float>;
+  constexpr bool CAN_TAG = can_tag(IS_F32, NT);
   extern __shared__ __align__(SWIZZLE_ALIGN) unsigned char shared[];
   __shared__ Stage stages[MAX_SLOTS];
   __shared__ __align__(8) unsigned long long full_barriers[MAX_SLOTS], empty_barriers[MAX_SLOTS], missing_barrier;
@@ -427,8 +435,8 @@ __global__ void __launch_bounds__(THREADS, 1)
   float acc[KEPT][SUMS] = {};
   bool begun[KEPT] = {}; // whether acc holds a sum
   auto sum_of = [&](int which, int i) { return begun[which] ? acc[which][i] : 0.f; };
-  // Of the unit whose sums the thread rounds off in the first layer: of gate, of up; or of two down rows. As they are in memory:
-  // whatever makes a number of them would wait for them.
+  // Of the unit whose sums the thread rounds off in the first layer: of gate, of up; or of two down rows. They stay as they are
+  // in memory until they are added: whatever makes a number of them would wait for them.
   T bias[2] = {};
   wait_for_previous_kernel();
   const unsigned launch = plan.tagged ? load_relaxed(&shape.counters->launch[blockIdx.x]) + 1 : 0;
@@ -446,8 +454,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     return shape.tagged + (((set * plan.parts + part) * WARPGROUPS + warpgroup) * SUMS * 128ll + 2 * thread);
   };
   auto is_token = [&](int i) { return 8 * (i >> 2) + token < shape.tokens; };
-  float own[SUMS]; // of the block that adds the tagged ones
-  int part = blockIdx.x - set * plan.parts;
+  [[maybe_unused]] float own[SUMS]; // of the block that adds the tagged ones
+  int part = blockIdx.x - set * plan.parts; // whose sums are made
   // The biases of a thread's down rows in a tile that begins with row `first_row`.
   auto ask_bias_down = [&](int first_row, int end) {
 #pragma unroll
@@ -465,7 +473,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   };
   int slot = 0, pass = 0;
   unsigned parity = 0;
-again:
+[[maybe_unused]] one_more_part:
   for (;;) {
     barrier_wait(full + 8 * slot, parity);
     const Stage stage = stages[slot].uniform();
@@ -633,7 +641,7 @@ again:
       if (!chunks_shared || warpgroup == 0) {
         float4 *const to = partial_sums + (pass * WARPGROUPS + warpgroup) * (SUMS / 4) * 128;
         auto sum = [&](int i) { return sum_of(0, i) + (chunks_shared ? odd[i * 128] : sum_of(1, i)); };
-        if (plan.tagged && NT <= TAGGED_TOKENS) {
+        if (CAN_TAG && plan.tagged) {
 #pragma unroll
           for (int i = 0; i < SUMS; i += 2)
             if (adds_tagged && part == last_part) {
@@ -664,12 +672,12 @@ again:
   }
   if (plan.tagged && threadIdx.x == 0)
     shape.counters->launch[blockIdx.x] = launch;
-  if constexpr (NT <= TAGGED_TOKENS)
+  if constexpr (CAN_TAG)
     if (plan.tagged) {
       if (!adds_tagged)
         return;
-      // The last part's block adds the others' sums as soon as they have come. If they are long in coming it makes them itself: the
-      // same bits as the block whose they are, which may have stored them or may still.
+      // The last part's block adds the others' sums as soon as they have come. If they are long in coming it makes them itself,
+      // part by part: the same bits as the block whose they are, which may have stored them or may still.
       constexpr int PAIRS = SUMS / 2;
       const bool has_sums = !(second_shared && warpgroup == 1);
       const int begin = part_begin(second, set) * GROUP, end = min(part_begin(second, set + 1) * GROUP, second.rows);
@@ -702,11 +710,13 @@ again:
           if (any_consumer(waits >> (s * PAIRS) & ((1u << PAIRS) - 1)))
             part = s;
       if (threadIdx.x == 0) {
-        missing_part = part;
+        atomicExch(&missing_part, part);
         barrier_arrive(missing);
       }
-      if (part >= 0)
-        goto again;
+      if (part >= 0) {
+        consumers_meet(); // what they exchange through shared memory has been read
+        goto one_more_part;
+      }
       if (has_sums)
 #pragma unroll
         for (int i = 0; i < SUMS; ++i) {
@@ -894,7 +904,7 @@ int launch_decode_hopper(const Shape &shape, int dtype, const DeviceFacts &devic
     plan.slots = stages;
   if (plan.slots < 2)
     return FUSED_MLP_UNSUPPORTED;
-  plan.tagged = plan.parts > 1 && token_rows <= TAGGED_TOKENS && plan.second.passes == 1;
+  plan.tagged = can_tag(is_f32, token_rows) && plan.parts > 1 && plan.second.passes == 1;
   plan.prefetched_stages = plan.first.sum_stages < PREFETCHED_STAGES ? plan.first.sum_stages : PREFETCHED_STAGES;
 
   Maps maps;

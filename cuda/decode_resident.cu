@@ -31,7 +31,7 @@ constexpr int THREADS = 256;            // two warpgroups: even and odd chunks
 [[maybe_unused]] constexpr int TILE_ROWS = 64;
 constexpr int TILE_GROUPS = TILE_ROWS / GROUP;
 constexpr int PARTS = 4; // of the second layer's depth
-[[maybe_unused]] constexpr int AT_ONCE = 12; // pieces of hidden rows that a thread asks for together
+[[maybe_unused]] constexpr int AT_ONCE = 6; // pieces of hidden rows that a thread asks for together
 [[maybe_unused]] constexpr long long PATIENCE = 60000; // cycles
 constexpr int STATIC_BYTES = 8 * 1024; // no less than the kernel's arrays and what the system takes
 
@@ -178,7 +178,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (unit < end)
       for (int t = threadIdx.x >> unit_bits; t < shape.tokens; t += THREADS >> unit_bits) {
         auto sum = [&](int r) { return sums[0][t][r] + sums[1][t][r]; };
-        float value = activate(shape.activation, float(shape.activation_param), sum(plan.gate_row + unit - begin) + to_float(bias));
+        const float gate = sum(plan.gate_row + unit - begin) + to_float(bias);
+        float value = activate(shape.activation, float(shape.activation_param), gate);
         if (shape.gated)
           value *= sum(plan.up_row + unit - begin) + to_float(bias_up);
         const unsigned bits = ~bits_of(from_float<T>(value));
@@ -201,28 +202,24 @@ __global__ void __launch_bounds__(THREADS, 1)
       const long long since = clock64();
       int late = pieces; // the first piece that is long in coming
       for (int first = threadIdx.x; first < pieces && late == pieces; first += AT_ONCE * THREADS) {
-        // Until the last of its pieces has come a thread asks for no other: asking in vain holds up what is to come.
-        const int count = min(AT_ONCE, divide_up(pieces - first, THREADS));
         uint4 v[AT_ONCE];
-        unsigned waits = (1u << count) - 1, asked = 1u << (count - 1); // a bit for each piece
-        bool last_came;
+        bool all;
         do {
+          all = true;
+          late = pieces;
 #pragma unroll
           for (int i = 0; i < AT_ONCE; ++i)
-            if (waits & asked & 1u << i)
+            if (first + i * THREADS < pieces)
               v[i] = load_piece(from + first + i * THREADS);
 #pragma unroll
           for (int i = 0; i < AT_ONCE; ++i)
-            if ((waits & asked & 1u << i) && has_come(v[i]))
-              waits &= ~(1u << i);
-          last_came = !(waits & asked);
-          if (last_came)
-            asked = ~0u;
-        } while (waits && (last_came || clock64() - since <= patience));
-        if (waits) {
-          late = first + (31 - __clz(waits)) * THREADS;
+            if (first + i * THREADS < pieces && !has_come(v[i])) {
+              all = false;
+              late = first + i * THREADS;
+            }
+        } while (!all && clock64() - since <= patience);
+        if (!all)
           break;
-        }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
           const int piece = first + i * THREADS;

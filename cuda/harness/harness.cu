@@ -589,6 +589,7 @@ int run_graph(int replays) {
       Buffer expected(p.out_bytes());
       CUDA_OK(cudaMemcpy(expected.p, p.args.out, p.out_bytes(), cudaMemcpyDeviceToDevice));
       CUDA_OK(cudaMemset(p.args.out, 0xff, p.out_bytes()));
+      CUDA_OK(cudaDeviceSynchronize()); // the stream does not wait for the other one's memset
       cudaGraph_t graph;
       cudaGraphExec_t exec;
       CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
