@@ -97,6 +97,17 @@ template <typename F> __device__ __forceinline__ F activate(Activation activatio
   }
 }
 
+// The same of several values, whose latencies pass together.
+template <int A = 0, int N>
+__device__ __forceinline__ void activate_all(Activation activation, float param, float (&v)[N]) {
+  if constexpr (A + 1 < int(Activation::Count))
+    if (int(activation) != A)
+      return activate_all<A + 1>(activation, param, v);
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    v[i] = activate(Activation(A), param, v[i]);
+}
+
 // The derivative of `activate` at v.
 template <typename F> __device__ __forceinline__ F activation_slope(Activation activation, F param, F v) {
   switch (activation) {

@@ -39,7 +39,7 @@ int compiled_architecture(int *compute_capability);
 // Most f32 values of `partial` that a call can need.
 unsigned long long decode_direct_partial_elements(int output_size);
 
-// 1 to 64 tokens of bf16 or f16, or 1 to 16 of f32, on sm_90a; every row and x must lie on 16 bytes, and sizes be what
+// 1 to 64 tokens of bf16 or f16, or 1 to 32 of f32, on sm_90a; every row and x must lie on 16 bytes, and sizes be what
 // can_decode_hopper takes.
 bool can_decode_hopper(const DeviceFacts &device, int dtype, int tokens, int hidden_size, int intermediate_size);
 int launch_decode_hopper(const Shape &shape, int dtype, const DeviceFacts &device, cudaStream_t stream);

@@ -69,10 +69,6 @@ __device__ __forceinline__ bool has_come(const uint4 &v) {
 template <typename T> __device__ __forceinline__ unsigned short bits_of(T v) {
   return *reinterpret_cast<const unsigned short *>(&v);
 }
-// 32 bytes, as far as L2.
-__device__ __forceinline__ void prefetch_line(const void *from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
-}
 // The gate and up rows of a slice, from `row` on: a chunk's rows of both, then the next chunk's.
 __device__ __forceinline__ void copy_slice(unsigned to, const CUtensorMap *map, int row, unsigned barrier,
                                            unsigned long long policy) {
@@ -128,6 +124,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         prefetch_line(static_cast<const T *>(shape.bias_up) + unit);
     }
   }
+  if (threadIdx.x == 96 && has_rows && shape.bias_down)
+    prefetch_line(static_cast<const T *>(shape.bias_down) + down_row);
   __syncthreads();
   wait_for_previous_kernel();
   release_next_kernel();
@@ -150,22 +148,20 @@ __global__ void __launch_bounds__(THREADS, 1)
     used_here[0] = shape.counters->used[0];
     used_here[1] = shape.counters->used[1];
   }
-  const float bias_down = shape.bias_down && has_rows && down_row + (threadIdx.x & 7) < shape.output_size
-                              ? to_float(static_cast<const T *>(shape.bias_down)[down_row + (threadIdx.x & 7)])
-                              : 0.f;
+  // Biases stay as they are in memory until they are added: whatever makes a number of them would wait for them.
+  const T bias_down = shape.bias_down && has_rows && down_row + (threadIdx.x & 7) < shape.output_size
+                          ? static_cast<const T *>(shape.bias_down)[down_row + (threadIdx.x & 7)]
+                          : T{};
 
   // The products of a slice's copies, and its hidden elements.
   unsigned short *buffer = nullptr;
   auto finish_slice = [&](int slice, unsigned parity) {
-    const int begin = slice * plan.share * GROUP, unit = begin + (threadIdx.x & 63);
+    // A thread rounds off every so many tokens' sums of one unit.
+    const int unit_bits = 32 - __clz(plan.share * GROUP - 1);
+    const int begin = slice * plan.share * GROUP, unit = begin + (threadIdx.x & ((1 << unit_bits) - 1));
     const int end = min(begin + plan.share * GROUP, shape.intermediate_size);
-    float bias = 0.f, bias_up = 0.f;
-    if (unit < end) {
-      if (shape.bias_gate)
-        bias = to_float(static_cast<const T *>(shape.bias_gate)[unit]);
-      if (shape.bias_up)
-        bias_up = to_float(static_cast<const T *>(shape.bias_up)[unit]);
-    }
+    const T bias = shape.bias_gate && unit < end ? static_cast<const T *>(shape.bias_gate)[unit] : T{};
+    const T bias_up = shape.bias_up && unit < end ? static_cast<const T *>(shape.bias_up)[unit] : T{};
     barrier_wait(first_barrier, parity);
     float acc[TOKENS / 2] = {};
     pin(acc);
@@ -180,11 +176,12 @@ __global__ void __launch_bounds__(THREADS, 1)
       sums[warpgroup][token + (i & 1)][row + 8 * (i >> 1)] = acc[i];
     __syncthreads();
     if (unit < end)
-      for (int t = threadIdx.x >> 6; t < shape.tokens; t += THREADS >> 6) {
+      for (int t = threadIdx.x >> unit_bits; t < shape.tokens; t += THREADS >> unit_bits) {
         auto sum = [&](int r) { return sums[0][t][r] + sums[1][t][r]; };
-        float value = activate(shape.activation, float(shape.activation_param), sum(plan.gate_row + unit - begin) + bias);
+        const float gate = sum(plan.gate_row + unit - begin) + to_float(bias);
+        float value = activate(shape.activation, float(shape.activation_param), gate);
         if (shape.gated)
-          value *= sum(plan.up_row + unit - begin) + bias_up;
+          value *= sum(plan.up_row + unit - begin) + to_float(bias_up);
         const unsigned bits = ~bits_of(from_float<T>(value));
         store_element(buffer + t * shape.intermediate_size + unit, static_cast<unsigned short>(bits));
       }
@@ -233,7 +230,7 @@ __global__ void __launch_bounds__(THREADS, 1)
           }
         }
       }
-      fence_copies();
+      fence_shared_copies();
       if (threadIdx.x == 0)
         missing = plan.slices;
       if (!__syncthreads_or(late < pieces))
@@ -284,7 +281,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       for (int q = 1; q < PARTS; ++q)
         sum += part(q);
       static_cast<T *>(shape.out)[static_cast<long long>(t) * shape.output_size + down_row + r] =
-          from_float<T>(sum + bias_down);
+          from_float<T>(sum + to_float(bias_down));
     }
   }
 

@@ -36,7 +36,7 @@ pub enum Kernel {
     /// Both layers in one launch, each multiprocessor's weights in its shared memory at once; on sm_90, for 1 to 8 tokens
     /// of bf16 and f16 and small models whose weights fit there.
     DecodeResident,
-    /// Both layers in one launch, weights by tensor copies to the tensor cores; on sm_90, for bf16 and f16 (and f32 up to 16
+    /// Both layers in one launch, weights by tensor copies to the tensor cores; on sm_90, for bf16 and f16 (and f32 up to 32
     /// tokens) where all rows lie on 16 bytes and are whole pieces of 128 bytes.
     DecodeHopper,
     /// As [`Decode`](Self::Decode), in a launch that overlaps with the ones before and after it; from sm_90 on.
