@@ -1,5 +1,4 @@
 // The C interface of the kernels for many tokens: checks arguments, chooses each product's tiles, launches both.
-#include "activation.cuh"
 #include "gemm_kernels.cuh"
 #include <atomic>
 #include <cmath>
@@ -38,19 +37,6 @@ int runs_here(bool *runs) {
   }
   *runs = answer == YES;
   return FUSED_MLP_OK;
-}
-
-// The finish of an activation, if it is one of those.
-bool finish_of(int activation, Finish *finish, float *slope) {
-  *slope = static_cast<Activation>(activation) == Activation::QuickGelu ? 1.702f : 1.f;
-  switch (static_cast<Activation>(activation)) {
-  case Activation::Silu:
-  case Activation::QuickGelu: *finish = Finish::Swish; return true;
-  case Activation::Gelu: *finish = Finish::Gelu; return true;
-  case Activation::GeluTanh: *finish = Finish::GeluTanh; return true;
-  case Activation::Relu: *finish = Finish::Relu; return true;
-  default: return false;
-  }
 }
 
 int element_bytes(int dtype) { return dtype == FUSED_MLP_F32 ? 4 : 2; }

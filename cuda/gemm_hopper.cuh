@@ -663,7 +663,7 @@ constexpr int GROUP_TOKENS = 4096;
 constexpr int MAX_DEVICES = 64;
 
 // Blocks that the device runs at once, in whole clusters; asked for once.
-template <class K, void (*KERNEL)(Product)> int resident_blocks(int *blocks) {
+template <class K, auto KERNEL> int resident_blocks(int *blocks) {
   static std::atomic<int> known[MAX_DEVICES];
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
