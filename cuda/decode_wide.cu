@@ -275,26 +275,18 @@ __device__ __forceinline__ bool multiply_wide(R &ring, int stages, unsigned row_
   return ours;
 }
 
-// Where a tile's biases are in shared memory; 0 if there are none.
-template <class K, class R> __device__ __forceinline__ unsigned put_biases(const Product &p, const R &ring, int column) {
-  if (!p.bias && !p.bias_up)
-    return 0;
-  const int consumer = threadIdx.x / WARPGROUP - 1;
-  meet_warpgroup(consumer); // nobody reads the last tile's any more
-  for (int i = threadIdx.x % WARPGROUP; i < K::COLUMNS; i += WARPGROUP)
-    store_shared(ring.biases(consumer) + 2 * i, bias_of<K>(p, column, i));
-  meet_warpgroup(consumer);
-  return ring.biases(consumer);
-}
-
 template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &args, R ring) {
   using A = typename R::First;
   using B = typename R::Second;
   wait_for_previous_kernel();
   const Product &first = args.first.product, &second = args.second.product;
-  const int warp = threadIdx.x / 32 - 4, row = 16 * warp;
+  const int consumer = threadIdx.x / WARPGROUP - 1, warp = threadIdx.x / 32 - 4, row = 16 * warp;
   const unsigned row_bytes = args.box_rows * SWIZZLE_BYTES;
-  const auto consumers_meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(R::CONSUMERS * WARPGROUP) : "memory"); };
+  const auto biases_of = [&](auto tile, const Product &p, int column) {
+    using K = decltype(tile);
+    return put_biases<K>(p, ring.biases(consumer), consumer,
+                         [&](int i) { return bias_of<K>(p, column, threadIdx.x % WARPGROUP + i * WARPGROUP); });
+  };
   Outbox<A> hidden(ring.outbox(warp));
   int command;
   for (;;) {
@@ -312,7 +304,7 @@ template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &
     if (!multiply_wide<A>(ring, stages_of<A>(args.first), row_bytes, sums))
       continue;
     const int column = command * A::OUT_COLUMNS;
-    const unsigned biases = put_biases<A>(first, ring, column);
+    const unsigned biases = biases_of(A(), first, column);
     with_finish<A::GATED>(
         first.finish, [&](auto finish) { write_tile<A, finish>(first, hidden, sums, row, column, biases); });
     if (threadIdx.x % 32 == 0) {
@@ -320,7 +312,7 @@ template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &
       fence_copies();
       __threadfence();
     }
-    consumers_meet();
+    consumers_meet<A>();
     if (threadIdx.x == WARPGROUP)
       asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&args.counters->arrived) : "memory");
   }
@@ -330,11 +322,9 @@ template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &
   float sums[1][B::SUMS];
   multiply_wide<B>(ring, stages_of<B>(args.second, at.split), row_bytes, sums);
   const int column = at.first_tile * B::OUT_COLUMNS;
-  const unsigned biases = put_biases<B>(second, ring, column);
-  consumers_meet(); // all are done with the stages
-#pragma unroll
-  for (int i = 0; i < B::SUMS; ++i)
-    store_shared(ring.base + 4 * (R::CONSUMERS * WARPGROUP * i + threadIdx.x - WARPGROUP), sums[0][i]);
+  const unsigned biases = biases_of(B(), second, column);
+  consumers_meet<B>(); // all are done with the stages
+  leave_parts<B>(ring.base, sums[0]);
   Outbox<B> out(ring.outbox(warp));
   cluster_sync();
   write_split_tile<B, Finish::None>(second, out, ring.base, at, row, column, biases);
