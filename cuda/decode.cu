@@ -124,9 +124,8 @@ int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path,
   const bool can_resident = can_hopper && can_decode_resident(device, args);
   const bool can_cluster = can_decode_cluster(device, args);
   int wide_tokens = 0;
-  // A choice that takes some time, and that nobody asks for when there are more tokens.
-  const bool may_choose = args.path == FUSED_MLP_PATH_AUTO && args.tokens <= WIDE_TOKENS;
-  if (can_depend && apart && (may_choose || args.path == FUSED_MLP_PATH_WIDE)) {
+  const bool wide_is_best = args.path == FUSED_MLP_PATH_AUTO && decode_wide_is_faster(args);
+  if (can_depend && apart && (wide_is_best || args.path == FUSED_MLP_PATH_WIDE)) {
     const int status = wide_tokens_at_once(device, args, &wide_tokens);
     if (status != FUSED_MLP_OK)
       return status;
@@ -136,10 +135,10 @@ int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path,
                    : can_depend ? FUSED_MLP_PATH_DIRECT_PDL
                    : can_direct ? FUSED_MLP_PATH_DIRECT
                                 : FUSED_MLP_PATH_PORTABLE;
-  *path = args.path != FUSED_MLP_PATH_AUTO           ? args.path
-          : can_cluster                              ? FUSED_MLP_PATH_CLUSTER
-          : decode_wide_is_faster(args, wide_tokens) ? FUSED_MLP_PATH_WIDE
-                                                     : best;
+  *path = args.path != FUSED_MLP_PATH_AUTO             ? args.path
+          : can_cluster                                ? FUSED_MLP_PATH_CLUSTER
+          : wide_is_best && wide_tokens >= args.tokens ? FUSED_MLP_PATH_WIDE
+                                                       : best;
   *tokens_at_once = *path == FUSED_MLP_PATH_WIDE ? wide_tokens : MAX_TOKENS;
   const bool can = *path == FUSED_MLP_PATH_CLUSTER ? can_cluster
                    : *path == FUSED_MLP_PATH_WIDE  ? wide_tokens > 0

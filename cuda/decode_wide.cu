@@ -516,6 +516,34 @@ int choose_wide(const FusedMlpArgs &args, int tokens, const WideVariant **best) 
   return FUSED_MLP_OK;
 }
 
+// The same, remembered: a model asks for few sizes again and again.
+int remembered_choice(const FusedMlpArgs &args, int tokens, const WideVariant **best) {
+  struct Memory {
+    int device, dtype, gated, hidden_size, intermediate_size, output_size;
+    bool narrow, known;
+    const WideVariant *best;
+  };
+  constexpr unsigned PLACES = 16;
+  static thread_local Memory memories[PLACES] = {};
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess)
+    return error;
+  const bool narrow = tokens <= NARROW_TOKENS;
+  Memory &m = memories[(args.hidden_size / CHUNK * 7u + args.intermediate_size / CHUNK + narrow) % PLACES];
+  if (!m.known || m.device != device || m.dtype != args.dtype || m.gated != args.gated || m.narrow != narrow ||
+      m.hidden_size != args.hidden_size || m.intermediate_size != args.intermediate_size ||
+      m.output_size != args.output_size) {
+    const WideVariant *found = nullptr;
+    const int status = choose_wide(args, tokens, &found);
+    if (status != FUSED_MLP_OK)
+      return status;
+    m = {device, args.dtype, args.gated, args.hidden_size, args.intermediate_size, args.output_size, narrow, true, found};
+  }
+  *best = m.best;
+  return FUSED_MLP_OK;
+}
+
 } // namespace
 
 int wide_tokens_at_once(const DeviceFacts &device, const FusedMlpArgs &args, int *tokens) {
@@ -526,18 +554,18 @@ int wide_tokens_at_once(const DeviceFacts &device, const FusedMlpArgs &args, int
       args.intermediate_size % CHUNK != 0 || args.output_size % 8 != 0 || !finish_of(args.activation, &finish, &slope))
     return FUSED_MLP_OK;
   const WideVariant *narrow = nullptr, *wide = nullptr;
-  int status = choose_wide(args, NARROW_TOKENS, &narrow);
+  int status = remembered_choice(args, NARROW_TOKENS, &narrow);
   if (status == FUSED_MLP_OK && args.tokens > NARROW_TOKENS)
-    status = choose_wide(args, WIDE_TOKENS, &wide);
+    status = remembered_choice(args, WIDE_TOKENS, &wide);
   *tokens = wide ? WIDE_TOKENS : narrow ? NARROW_TOKENS : 0;
   return status;
 }
 
-bool decode_wide_is_faster(const FusedMlpArgs &args, int tokens_at_once) {
+bool decode_wide_is_faster(const FusedMlpArgs &args) {
   constexpr long long MILLION = 1000000;
   const long long weights =
       1ll * args.intermediate_size * ((args.gated ? 2ll : 1ll) * args.hidden_size + args.output_size);
-  if (args.tokens <= 8 || args.tokens > tokens_at_once)
+  if (args.tokens <= 8 || args.tokens > WIDE_TOKENS)
     return false;
   if (args.tokens <= 16)
     return weights < 8 * MILLION;
@@ -556,7 +584,7 @@ int launch_decode_wide(const Shape &shape, const FusedMlpArgs &args, cudaStream_
   const WideVariant *tiles = nullptr;
   Finish finish;
   float slope;
-  const int status = choose_wide(args, shape.tokens, &tiles);
+  const int status = remembered_choice(args, shape.tokens, &tiles);
   if (status != FUSED_MLP_OK)
     return status;
   if (!tiles || !finish_of(args.activation, &finish, &slope))
