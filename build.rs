@@ -34,6 +34,7 @@ mod cuda {
             "decode_hopper.cu",
             "decode_portable.cu",
             "decode_resident.cu",
+            "decode_wide.cu",
             "elementwise.cu",
             "gemm.cu",
             "gemm_ampere.cu",

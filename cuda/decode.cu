@@ -77,7 +77,7 @@ WorkspaceLayout layout_of(const FusedMlpArgs &args) {
   layout.tagged = round_up(layout.exchange + 2 * RESIDENT_ELEMENTS * sizeof(unsigned short), 256);
   layout.hidden = round_up(layout.tagged + TAGGED_SUMS * sizeof(TaggedSum), 256);
   layout.partial =
-      round_up(layout.hidden + MAX_TOKENS * layout.hidden_stride * element_bytes(args.dtype), 256);
+      round_up(layout.hidden + WIDE_TOKENS * layout.hidden_stride * element_bytes(args.dtype), 256);
   const unsigned long long direct = decode_direct_partial_elements(args.output_size),
                            hopper = decode_hopper_partial_elements(args.output_size);
   layout.bytes = layout.partial + sizeof(float) * (direct > hopper ? direct : hopper);
@@ -108,13 +108,13 @@ bool aligned(const FusedMlpArgs &args) {
 int check(const FusedMlpArgs &args) {
   if (!known_sizes(args) || !args.x || !args.gate || !args.down || (args.gated && !args.up) || args.activation < 0 ||
       args.activation >= static_cast<int>(Activation::Count) || args.path < FUSED_MLP_PATH_AUTO ||
-      args.path > FUSED_MLP_PATH_CLUSTER)
+      (args.path > FUSED_MLP_PATH_CLUSTER && args.path != FUSED_MLP_PATH_WIDE))
     return FUSED_MLP_BAD_ARGUMENT;
   return FUSED_MLP_OK;
 }
 
-// What AUTO means here; or whether the path asked for can be taken.
-int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path) {
+// What AUTO means here; or whether the path asked for can be taken. And how many tokens a launch takes.
+int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path, int *tokens_at_once) {
   const bool can_direct = device.compute_capability >= 80 && aligned(args);
   const bool can_depend = can_direct && device.compute_capability >= 90;
   // A tensor map has no rows that overlap.
@@ -124,13 +124,27 @@ int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path)
       can_depend && apart && can_decode_hopper(device, args.dtype, args.tokens, args.hidden_size, args.intermediate_size);
   const bool can_resident = can_hopper && can_decode_resident(device, args);
   const bool can_cluster = can_decode_cluster(device, args);
+  int wide_tokens = 0;
+  const bool wide_is_best = args.path == FUSED_MLP_PATH_AUTO && decode_wide_is_faster(args);
+  if (can_depend && apart && (wide_is_best || args.path == FUSED_MLP_PATH_WIDE)) {
+    const int status = wide_tokens_at_once(device, args, &wide_tokens);
+    if (status != FUSED_MLP_OK)
+      return status;
+  }
   const int best = can_resident ? FUSED_MLP_PATH_RESIDENT
                    : can_hopper ? FUSED_MLP_PATH_HOPPER
                    : can_depend ? FUSED_MLP_PATH_DIRECT_PDL
                    : can_direct ? FUSED_MLP_PATH_DIRECT
                                 : FUSED_MLP_PATH_PORTABLE;
-  *path = args.path != FUSED_MLP_PATH_AUTO ? args.path : can_cluster ? FUSED_MLP_PATH_CLUSTER : best;
-  return (*path == FUSED_MLP_PATH_CLUSTER ? can_cluster : *path <= best) ? FUSED_MLP_OK : FUSED_MLP_UNSUPPORTED;
+  *path = args.path != FUSED_MLP_PATH_AUTO             ? args.path
+          : can_cluster                                ? FUSED_MLP_PATH_CLUSTER
+          : wide_is_best && wide_tokens >= args.tokens ? FUSED_MLP_PATH_WIDE
+                                                       : best;
+  *tokens_at_once = *path == FUSED_MLP_PATH_WIDE ? wide_tokens : MAX_TOKENS;
+  const bool can = *path == FUSED_MLP_PATH_CLUSTER ? can_cluster
+                   : *path == FUSED_MLP_PATH_WIDE  ? wide_tokens > 0
+                                                   : *path <= best;
+  return can ? FUSED_MLP_OK : FUSED_MLP_UNSUPPORTED;
 }
 
 } // namespace
@@ -146,7 +160,8 @@ extern "C" int fused_mlp_decode_path(const FusedMlpArgs *args, int *path) {
   const DeviceFacts *device = nullptr;
   if (status == FUSED_MLP_OK)
     status = current_device(&device);
-  return status == FUSED_MLP_OK ? resolve_path(*args, *device, path) : status;
+  int tokens_at_once = 0;
+  return status == FUSED_MLP_OK ? resolve_path(*args, *device, path, &tokens_at_once) : status;
 }
 
 extern "C" int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream) {
@@ -155,9 +170,9 @@ extern "C" int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream) {
   const DeviceFacts *device = nullptr;
   if (status == FUSED_MLP_OK)
     status = current_device(&device);
-  int path = FUSED_MLP_PATH_AUTO;
+  int path = FUSED_MLP_PATH_AUTO, tokens_at_once = 0;
   if (status == FUSED_MLP_OK)
-    status = resolve_path(*args, *device, &path);
+    status = resolve_path(*args, *device, &path, &tokens_at_once);
   if (status != FUSED_MLP_OK)
     return status;
   if (!args->out || !args->workspace || reinterpret_cast<unsigned long long>(args->workspace) % 256 != 0)
@@ -194,15 +209,17 @@ extern "C" int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream) {
   shape.activation_param = args->activation_param;
 
   const unsigned long long element = element_bytes(args->dtype);
-  for (int token = 0; token < args->tokens; token += MAX_TOKENS) {
+  for (int token = 0; token < args->tokens; token += tokens_at_once) {
     shape.x = static_cast<const char *>(args->x) + token * args->x_stride * static_cast<long long>(element);
     shape.out = static_cast<char *>(args->out) +
                 static_cast<unsigned long long>(token) * args->output_size * element;
-    shape.tokens = args->tokens - token < MAX_TOKENS ? args->tokens - token : MAX_TOKENS;
+    shape.tokens = args->tokens - token < tokens_at_once ? args->tokens - token : tokens_at_once;
     status = path == FUSED_MLP_PATH_PORTABLE
                  ? launch_decode_portable(shape, args->dtype, *device, stream)
              : path == FUSED_MLP_PATH_CLUSTER
                  ? launch_decode_cluster(shape, args->dtype, stream)
+             : path == FUSED_MLP_PATH_WIDE
+                 ? launch_decode_wide(shape, *args, stream)
              : path == FUSED_MLP_PATH_RESIDENT
                  ? launch_decode_resident(shape, args->dtype, *device, stream)
              : path == FUSED_MLP_PATH_HOPPER

@@ -8,6 +8,7 @@
 namespace fused_mlp {
 
 constexpr int MAX_TOKENS = 64;   // of one launch
+constexpr int WIDE_TOKENS = 128; // of one launch of decode_wide.cu
 constexpr int MAX_BLOCKS = 1024; // of one launch; each has a claim word
 constexpr int RESIDENT_TOKENS = 8; // of one launch of decode_resident.cu
 constexpr int RESIDENT_ELEMENTS = RESIDENT_TOKENS * 5120; // of its hidden rows, at most

@@ -5,19 +5,6 @@
 
 namespace fused_mlp {
 
-// The finish of an activation, if it is one of those.
-inline bool finish_of(int activation, Finish *finish, float *slope) {
-  *slope = static_cast<Activation>(activation) == Activation::QuickGelu ? 1.702f : 1.f;
-  switch (static_cast<Activation>(activation)) {
-  case Activation::Silu:
-  case Activation::QuickGelu: *finish = Finish::Swish; return true;
-  case Activation::Gelu: *finish = Finish::Gelu; return true;
-  case Activation::GeluTanh: *finish = Finish::GeluTanh; return true;
-  case Activation::Relu: *finish = Finish::Relu; return true;
-  default: return false;
-  }
-}
-
 inline int element_bytes(int dtype) { return dtype == FUSED_MLP_F32 ? 4 : 2; }
 
 // A matrix whose rows lie on 16 bytes: what a tensor map describes, and copies of 16 bytes take.

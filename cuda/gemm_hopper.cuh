@@ -260,27 +260,35 @@ template <class K> struct Place {
   }
 };
 
-// The same for a tile whose sums are in as many parts as the cluster has blocks; each block writes a share of the
-// columns.
+// A split tile's sums meet in shared memory, where each block of the cluster leaves its parts of them, and each adds up all
+// parts of a share of the columns in the order of the blocks.
+template <class K> __device__ __forceinline__ unsigned part_address(unsigned sums_at, int i) {
+  return sums_at + 4 * (K::CONSUMERS * WARPGROUP * i + threadIdx.x - WARPGROUP);
+}
+template <class K, int COUNT>
+__device__ __forceinline__ void leave_parts(unsigned sums_at, const float (&sums)[COUNT], int first = 0) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i)
+    store_shared(part_address<K>(sums_at, first + i), sums[i]);
+}
+template <class K> __device__ __forceinline__ float sum_of_parts(unsigned sums_at, const Place<K> &at, int i) {
+  float sum = 0.f;
+#pragma unroll
+  for (int block = 0; block < K::SPLIT; ++block)
+    sum += load_from_cluster(cluster_address(part_address<K>(sums_at, i), at.rank_of(at.share, at.peer, block)));
+  return sum;
+}
+
+// As `write_tile`, of a split tile.
 template <class K, Finish FINISH>
 __device__ __forceinline__ void write_split_tile(const Product &p, Outbox<K> &outbox, unsigned sums_at,
                                                  const Place<K> &at, int row, int column, unsigned biases) {
   constexpr int UNITS = K::OUT_COLUMNS / 16;
-  const unsigned thread = sums_at + 4 * (threadIdx.x - WARPGROUP);
   for (int unit = at.split * UNITS / K::SPLIT; unit < (at.split + 1) * UNITS / K::SPLIT; ++unit)
 #pragma unroll
     for (int part = 0; part < K::PARTS; ++part) {
       float values[2][4], up[2][4];
-      gather<K>(
-          [&](int i) {
-            const unsigned address = thread + 4 * K::CONSUMERS * WARPGROUP * (part * K::SUMS + i);
-            float sum = 0.f;
-#pragma unroll
-            for (int block = 0; block < K::SPLIT; ++block)
-              sum += load_from_cluster(cluster_address(address, at.rank_of(at.share, at.peer, block)));
-            return sum;
-          },
-          unit, values, up);
+      gather<K>([&](int i) { return sum_of_parts<K>(sums_at, at, part * K::SUMS + i); }, unit, values, up);
       outbox.open();
       put_columns<K, FINISH>(p, outbox.place(0), unit, biases, values, up);
       outbox.send(p, row + 64 * part, column + 16 * unit);
@@ -390,6 +398,25 @@ template <class K> __device__ __forceinline__ typename K::Bits bias_of(const Pro
 __device__ __forceinline__ void meet_warpgroup(int consumer) {
   asm volatile("bar.sync %0, %1;" ::"r"(4 + consumer), "n"(WARPGROUP) : "memory");
 }
+template <class K> __device__ __forceinline__ void consumers_meet() {
+  asm volatile("bar.sync 1, %0;" ::"n"(K::CONSUMERS * WARPGROUP) : "memory");
+}
+
+// Where a consumer has a tile's biases in shared memory: there, or nowhere (0) if there are none. `bias` gives the one of the
+// thread's i-th row of weights, which is row thread + i WARPGROUP of the tile.
+template <class K, typename Bias>
+__device__ __forceinline__ unsigned put_biases(const Product &p, unsigned there, int consumer, Bias bias) {
+  if (!p.bias && !p.bias_up)
+    return 0;
+  const int thread = threadIdx.x % WARPGROUP;
+  meet_warpgroup(consumer); // nobody reads the last tile's any more
+#pragma unroll
+  for (int i = 0; i * WARPGROUP < K::COLUMNS; ++i)
+    if (thread + i * WARPGROUP < K::COLUMNS)
+      store_shared(there + static_cast<int>(sizeof(typename K::Bits)) * (thread + i * WARPGROUP), bias(i));
+  meet_warpgroup(consumer);
+  return there;
+}
 
 // Hands a block's sums to the one of the other cluster that finishes the tile, or takes them. Blocks start in order, so the
 // one that takes finds the other one started.
@@ -406,7 +433,7 @@ __device__ __forceinline__ void hand_over(const Product &p, const Place<K> &at, 
       for (int i = 0; i < K::SUMS; ++i)
         __stcg(own + WIDTH * (part * K::SUMS + i), sums[part][i]);
     __threadfence();
-    asm volatile("bar.sync 1, %0;" ::"n"(WIDTH) : "memory");
+    consumers_meet<K>();
     if (threadIdx.x == WARPGROUP)
       asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(p.flags + block) : "memory");
     return;
@@ -524,28 +551,16 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
         break;
     }
     const int row = at.row_of(p, tile) + rows_from + thread / 32 * 16, column = at.column_of(p, tile);
-    unsigned biases = 0;
     if (K::PINGPONG)
       load_biases();
-    if (has_biases) {
-      biases = ring.biases(consumer);
-      meet_warpgroup(consumer); // nobody reads the last tile's any more
-#pragma unroll
-      for (int i = 0; i * WARPGROUP < K::COLUMNS; ++i)
-        if (thread + i * WARPGROUP < K::COLUMNS)
-          store_shared(biases + 2 * (thread + i * WARPGROUP), bias[i]);
-      meet_warpgroup(consumer);
-    }
+    const unsigned biases = put_biases<K>(p, ring.biases(consumer), consumer, [&](int i) { return bias[i]; });
     if constexpr (K::SPLIT == 1) {
       with_finish<K::GATED>(p.finish, [&](auto finish) { write_tile<K, finish>(p, outbox, sums, row, column, biases); });
     } else {
-      asm volatile("bar.sync 1, %0;" ::"n"(K::CONSUMERS * WARPGROUP) : "memory"); // both are done with the stages
+      consumers_meet<K>(); // all are done with the stages
 #pragma unroll
       for (int part = 0; part < K::PARTS; ++part)
-#pragma unroll
-        for (int i = 0; i < K::SUMS; ++i)
-          store_shared(ring.base + 4 * (K::CONSUMERS * WARPGROUP * (part * K::SUMS + i) + threadIdx.x - WARPGROUP),
-                       sums[part][i]);
+        leave_parts<K>(ring.base, sums[part], part * K::SUMS);
       cluster_sync();
       with_finish<K::GATED>(p.finish,
                             [&](auto finish) { write_split_tile<K, finish>(p, outbox, ring.base, at, row, column, biases); });
@@ -600,7 +615,7 @@ constexpr int GROUP_TOKENS = 4096;
 constexpr int MAX_DEVICES = 64;
 
 // Blocks that the device runs at once, in whole clusters; asked for once.
-template <class K, void (*KERNEL)(Product)> int resident_blocks(int *blocks) {
+template <class K, auto KERNEL> int resident_blocks(int *blocks) {
   static std::atomic<int> known[MAX_DEVICES];
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);

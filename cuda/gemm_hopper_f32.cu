@@ -109,15 +109,7 @@ template <class K, Finish FINISH>
 __device__ __forceinline__ void write_split_rows(const Product &p, unsigned sums_at, const Place<K> &at, int row,
                                                  int column, unsigned biases) {
   constexpr int UNITS = K::OUT_COLUMNS / 8;
-  const unsigned thread = sums_at + 4 * (threadIdx.x - WARPGROUP);
-  const auto sum = [&](int i) {
-    float sum = 0.f;
-#pragma unroll
-    for (int block = 0; block < K::SPLIT; ++block)
-      sum += load_from_cluster(
-          cluster_address(thread + 4 * K::CONSUMERS * WARPGROUP * i, at.rank_of(at.share, at.peer, block)));
-    return sum;
-  };
+  const auto sum = [&](int i) { return sum_of_parts<K>(sums_at, at, i); };
   for (int unit = at.split * UNITS / K::SPLIT; unit < (at.split + 1) * UNITS / K::SPLIT; ++unit) {
     float values[4], up[4];
 #pragma unroll
@@ -198,7 +190,6 @@ __device__ __forceinline__ void multiply_parted(const Product &p, const Ring<K> 
   wait_for_previous_kernel();
   const int consumer = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP, lane = thread % 32;
   const int tiles = p.row_tiles * p.column_tiles;
-  const bool has_biases = p.bias || p.bias_up;
   // Where a thread's row starts in a stage, its swizzle's part included.
   const int own_row = consumer * 64 + thread / 32 * 16 + lane / 4;
   const unsigned own = own_row * SWIZZLE_BYTES + lane / 4 * 16 + lane % 4 * 4;
@@ -263,21 +254,13 @@ __device__ __forceinline__ void multiply_parted(const Product &p, const Ring<K> 
     if constexpr (!K::GATED && K::SPLIT == 1)
       if (parted_sums)
         exchange<K, false>(p, sums, row, column);
-    unsigned biases = 0;
-    if (has_biases) {
-      biases = ring.biases(consumer);
-      meet_warpgroup(consumer); // nobody reads the last tile's any more
-      for (int i = thread; i < K::COLUMNS; i += WARPGROUP)
-        store_shared(biases + 4 * i, bias_of<K>(p, column, i));
-      meet_warpgroup(consumer);
-    }
+    const unsigned biases = put_biases<K>(p, ring.biases(consumer), consumer,
+                                          [&](int i) { return bias_of<K>(p, column, thread + i * WARPGROUP); });
     if constexpr (K::SPLIT == 1) {
       with_finish<K::GATED>(p.finish, [&](auto finish) { write_rows<K, finish>(p, sums, row, column, biases); });
     } else {
-      asm volatile("bar.sync 1, %0;" ::"n"(K::CONSUMERS * WARPGROUP) : "memory"); // both are done with the stages
-#pragma unroll
-      for (int i = 0; i < K::SUMS; ++i)
-        store_shared(ring.base + 4 * (K::CONSUMERS * WARPGROUP * i + threadIdx.x - WARPGROUP), sums[i]);
+      consumers_meet<K>(); // both are done with the stages
+      leave_parts<K>(ring.base, sums);
       cluster_sync();
       with_finish<K::GATED>(
           p.finish, [&](auto finish) { write_split_rows<K, finish>(p, ring.base, at, row, column, biases); });

@@ -1,5 +1,6 @@
-// What the chooser (gemm.cu) knows of the products' kernels.
+// What the choosers (gemm.cu, decode_wide.cu) know of the products' kernels.
 #pragma once
+#include "activation.cuh"
 #include "fused_mlp.h"
 #include <cuda_runtime.h>
 
@@ -7,6 +8,19 @@ namespace fused_mlp {
 
 // What happens to a sum before it is rounded.
 enum class Finish { None, Swish, Gelu, GeluTanh, Relu };
+
+// The finish of an activation, if it is one of those.
+inline bool finish_of(int activation, Finish *finish, float *slope) {
+  *slope = static_cast<Activation>(activation) == Activation::QuickGelu ? 1.702f : 1.f;
+  switch (static_cast<Activation>(activation)) {
+  case Activation::Silu:
+  case Activation::QuickGelu: *finish = Finish::Swish; return true;
+  case Activation::Gelu: *finish = Finish::Gelu; return true;
+  case Activation::GeluTanh: *finish = Finish::GeluTanh; return true;
+  case Activation::Relu: *finish = Finish::Relu; return true;
+  default: return false;
+  }
+}
 
 constexpr int MEETINGS = 1024; // flags at which the clusters of a tile meet
 

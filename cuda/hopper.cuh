@@ -118,6 +118,8 @@ __device__ __forceinline__ void copies_out_commit() { asm volatile("cp.async.bul
 template <int PENDING> __device__ __forceinline__ void copies_out_wait() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
+// Returns when all of the calling thread's groups have been written.
+__device__ __forceinline__ void copies_out_end() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // Between a thread's ordinary stores to shared memory and copies of what it stored.
 __device__ __forceinline__ void fence_shared_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // A warp's four matrices of 8 x 8 elements of 16 bits, as a product's sums lie in it; lane i gives the address of row i % 8
@@ -245,10 +247,14 @@ template <typename T, int N> struct WarpgroupProduct;
   FUSED_MLP_PRODUCT(T, NAME, 8, "%0,%1,%2,%3", "%4", "%5", "%6", FUSED_MLP_F4(0))                                            \
   FUSED_MLP_PRODUCT(T, NAME, 16, "%0,%1,%2,%3,%4,%5,%6,%7", "%8", "%9", "%10", FUSED_MLP_F8(0))                               \
   FUSED_MLP_PRODUCT(T, NAME, 32, FUSED_MLP_TEN() "%10,%11,%12,%13,%14,%15", "%16", "%17", "%18", FUSED_MLP_F16(0))            \
+  FUSED_MLP_PRODUCT(T, NAME, 48, FUSED_MLP_TEN() FUSED_MLP_TEN(1) "%20,%21,%22,%23", "%24", "%25", "%26", FUSED_MLP_F16(0),   \
+                    FUSED_MLP_F8(16))                                                                                  \
   FUSED_MLP_PRODUCT(T, NAME, 64, FUSED_MLP_TEN() FUSED_MLP_TEN(1) FUSED_MLP_TEN(2) "%30,%31", "%32", "%33", "%34",            \
                     FUSED_MLP_F32(0))                                                                                  \
   FUSED_MLP_PRODUCT(T, NAME, 96, FUSED_MLP_FORTY "%40,%41,%42,%43,%44,%45,%46,%47", "%48", "%49", "%50", FUSED_MLP_F32(0),    \
                     FUSED_MLP_F16(32))                                                                                 \
+  FUSED_MLP_PRODUCT(T, NAME, 112, FUSED_MLP_FORTY FUSED_MLP_TEN(4) "%50,%51,%52,%53,%54,%55", "%56", "%57", "%58",            \
+                    FUSED_MLP_F32(0), FUSED_MLP_F16(32), FUSED_MLP_F8(48))                                             \
   FUSED_MLP_PRODUCT(T, NAME, 128, FUSED_MLP_FORTY FUSED_MLP_TEN(4) FUSED_MLP_TEN(5) "%60,%61,%62,%63", "%64", "%65", "%66",   \
                     FUSED_MLP_F64(0))                                                                                  \
   FUSED_MLP_PRODUCT(T, NAME, 144, FUSED_MLP_SEVENTY "%70,%71", "%72", "%73", "%74", FUSED_MLP_F64(0), FUSED_MLP_F8(64))       \

@@ -11,9 +11,10 @@ use candle_fused_mlp::{plan, Activation, FusedSwiGlu, GateUp, PackedOrder, Workl
 use candle_nn::Linear;
 use common::*;
 
-const DECODE: [Kernel; 6] = [
+const DECODE: [Kernel; 7] = [
     Kernel::DecodeCluster,
     Kernel::DecodeResident,
+    Kernel::DecodeWide,
     Kernel::DecodeHopper,
     Kernel::DecodeDependent,
     Kernel::Decode,
@@ -26,6 +27,7 @@ fn kernels(dtype: DType, (hidden, intermediate): (usize, usize)) -> Vec<Kernel> 
     let takes = |kernel: &Kernel| match kernel {
         Kernel::DecodeCluster => 3 * hidden * intermediate <= 1 << 17,
         Kernel::DecodeResident => half && hidden % 64 == 0 && intermediate % 256 == 0 && intermediate <= 3072,
+        Kernel::DecodeWide => half && hidden % 64 == 0 && intermediate % 64 == 0,
         Kernel::DecodeHopper => {
             let chunk = 128 / dtype.size_in_bytes();
             dtype != DType::F64 && hidden % chunk == 0 && intermediate % chunk == 0
@@ -56,7 +58,7 @@ fn most_tokens(kernel: Kernel, dtype: DType) -> usize {
 /// The kernels for many tokens.
 const GEMMS: [Kernel; 2] = [Kernel::Gemm, Kernel::GemmAmpere];
 
-/// The activations that they have.
+/// The activations that they and `Kernel::DecodeWide` have.
 const GEMM: [Activation; 5] =
     [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::QuickGelu, Activation::Relu];
 
@@ -90,7 +92,8 @@ fn every_kernel() -> Result<()> {
         for (hidden, intermediate) in [(72, 200), (128, 192)] {
             for kernel in kernels(dtype, (hidden, intermediate)) {
                 for (i, &activation) in Activation::ALL.iter().enumerate() {
-                    if GEMMS.contains(&kernel) && !GEMM.contains(&activation) {
+                    let few = GEMMS.contains(&kernel) || kernel == Kernel::DecodeWide;
+                    if few && !GEMM.contains(&activation) {
                         continue;
                     }
                     let random = &mut Random::new(i as u64);
@@ -300,6 +303,8 @@ fn two_streams_at_once() -> Result<()> {
                 (7, Kernel::DecodeResident),
                 (1, Kernel::DecodeHopper),
                 (40, Kernel::DecodeHopper),
+                (40, Kernel::DecodeWide),
+                (100, Kernel::DecodeWide),
                 (1, Kernel::DecodeDependent),
                 (9, Kernel::Decode),
                 (5, Kernel::DecodePortable),
@@ -363,6 +368,8 @@ fn graphs_replay() -> Result<()> {
         (DType::F16, Kernel::DecodeResident, 8),
         (DType::BF16, Kernel::DecodeHopper, 1),
         (DType::F16, Kernel::DecodeHopper, 64),
+        (DType::BF16, Kernel::DecodeWide, 64),
+        (DType::F16, Kernel::DecodeWide, 100),
         (DType::F32, Kernel::DecodeHopper, 5),
         (DType::BF16, Kernel::DecodeDependent, 1),
         (DType::BF16, Kernel::Decode, 16),

@@ -2,10 +2,10 @@
 //
 //   nvcc -std=c++17 -O3 -arch=sm_90a -I. -o harness/harness harness/harness.cu decode*.cu
 //
-//   harness check [quick]   against an f64 reference, poisoned outputs, determinism, row invariance
+//   harness check [quick|wide]   against an f64 reference, poisoned outputs, determinism, row invariance
 //   harness stress N        N launches on two streams and two threads beside a foreign kernel, outputs compared
-//   harness held            launches while a foreign kernel holds 1, 60 or 131 multiprocessors
-//   harness select          a small selection for compute-sanitizer
+//   harness held            launches while a foreign kernel holds 1, 60 or 131 multiprocessors (100 where clusters need some)
+//   harness select [wide]   a small selection for compute-sanitizer
 //   harness soak SECONDS    random shapes against f64, each run twice
 //   harness graph N         capture once, replay N times
 //   harness time [DTYPE [TOKENS...]]   a cold stack of layers, on a stream and in a graph; the read bandwidth first
@@ -294,17 +294,23 @@ void check_case(const Case &c, unsigned seed, bool again = true) {
   }
 }
 
-// Rows of a call with as many as the kernel takes against calls with fewer of them, at several first rows.
+// Rows of a call with as many as the kernel takes against calls with fewer of them, at several first rows. Where the choice is
+// the kernels' own it stays with those that give a row the same bits.
 void check_rows(Case c, unsigned seed) {
-  const int most = c.dtype == FUSED_MLP_F32 && c.path == FUSED_MLP_PATH_AUTO ? 32 : 64;
+  const bool wide = c.path == FUSED_MLP_PATH_WIDE, own_choice = c.path == FUSED_MLP_PATH_AUTO && c.dtype <= FUSED_MLP_F16;
+  const int most = c.dtype == FUSED_MLP_F32 && c.path == FUSED_MLP_PATH_AUTO ? 32 : wide ? c.tokens : 64;
   c.tokens = most;
+  if (own_choice)
+    c.path = FUSED_MLP_PATH_HOPPER;
   Problem p(c, seed);
   CUDA_OK(cudaMemset(p.args.out, 0xff, p.out_bytes()));
   STATUS_OK(fused_mlp_decode(&p.args, 0));
   const size_t e = element_bytes(c.dtype), row = size_t(c.output) * e;
   Buffer part(p.out_bytes());
-  const int counts[] = {1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64};
+  const int counts[] = {1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127};
   for (int count : counts) {
+    if (most > 64 && count <= 64)
+      continue; // other tiles
     for (int first : {0, 5, most - count}) {
       if (first < 0 || first + count > most)
         continue;
@@ -312,6 +318,8 @@ void check_rows(Case c, unsigned seed) {
       a.x = static_cast<const char *>(a.x) + first * a.x_stride * e;
       a.tokens = count;
       a.out = part.p;
+      if (own_choice && count <= 8)
+        a.path = FUSED_MLP_PATH_AUTO;
       CUDA_OK(cudaMemset(part.p, 0xff, part.bytes));
       STATUS_OK(fused_mlp_decode(&a, 0));
       const unsigned long long different =
@@ -324,6 +332,35 @@ void check_rows(Case c, unsigned seed) {
       }
     }
   }
+}
+
+// What runs some dozens of tokens.
+void check_wide() {
+  unsigned seed = 4000;
+  const int activations[] = {6, 0, 1, 2, 3}; // that the kernel has
+  const struct {
+    int h, i, o;
+  } sizes[] = {{64, 64, 8},          {576, 1536, 576},    {768, 3072, 768},    {128, 4864, 896},   {512, 2048, 392},
+               {1280, 5120, 1280},   {2048, 5632, 2048},  {1600, 6400, 1600},  {4096, 4096, 4096}, {3072, 8192, 3072},
+               {4096, 14336, 4096},  {3584, 18944, 3584}, {8192, 28672, 8192}};
+  for (const auto &d : sizes)
+    for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16})
+      for (int gated : {0, 1})
+        for (int t : {1, 7, 33, 64, 65, 100, 128, 200}) {
+          if (d.h > 2048 && t != 33 && t != 128)
+            continue;
+          check_case({dtype, gated, d.h, d.i, d.o, t, activations[seed % 5], 0.f, int(seed % 8), seed % 3 ? 0 : 8, 0,
+                      FUSED_MLP_PATH_WIDE, (seed & 4) != 0},
+                     seed * 97, true);
+          ++seed;
+        }
+  for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16})
+    for (int most : {64, 128}) {
+      check_rows({dtype, 1, 576, 1536, 576, most, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false}, seed++ * 97);
+      check_rows({dtype, 0, 768, 3072, 768, most, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false}, seed++ * 97);
+      check_rows({dtype, 1, 4096, 14336, 4096, most, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false}, seed++ * 97);
+    }
+  std::printf("wide: %d checks, %d failures; worst rel l2: bf16 %.2e f16 %.2e\n", checks, failures, worst[0], worst[1]);
 }
 
 int run_check(bool quick) {
@@ -355,6 +392,7 @@ int run_check(bool quick) {
         ++seed;
       }
   if (!quick) {
+    check_wide();
     for (int act = 0; act < ACTIVATIONS; ++act)
       for (int dtype = 0; dtype < 3; ++dtype)
         for (int gated = 0; gated < 2; ++gated)
@@ -426,11 +464,14 @@ int run_held() {
   cudaStream_t holder, stream;
   CUDA_OK(cudaStreamCreateWithFlags(&holder, cudaStreamNonBlocking));
   CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  for (int path : {FUSED_MLP_PATH_AUTO, FUSED_MLP_PATH_DIRECT_PDL, FUSED_MLP_PATH_DIRECT, FUSED_MLP_PATH_PORTABLE})
+  for (int path : {FUSED_MLP_PATH_AUTO, FUSED_MLP_PATH_HOPPER, FUSED_MLP_PATH_WIDE, FUSED_MLP_PATH_DIRECT_PDL,
+                   FUSED_MLP_PATH_DIRECT, FUSED_MLP_PATH_PORTABLE})
     for (int tokens : {1, 9, 20, 64})
-      for (int held : {1, 60, 131}) {
+      for (int held : {1, 60, path == FUSED_MLP_PATH_WIDE ? 100 : 131}) {
         // Few tokens of the smaller one run on decode_resident.cu.
         const bool small = path == FUSED_MLP_PATH_AUTO && tokens == 1;
+        if (path == FUSED_MLP_PATH_AUTO && !small)
+          continue;
         const int hidden = small ? 576 : 2048, intermediate = small ? 1536 : 2816;
         Problem p({FUSED_MLP_BF16, 1, hidden, intermediate, hidden, tokens, 6, 0.f, 7, 0, 0, path, false}, 31);
         CUDA_OK(cudaDeviceSynchronize());
@@ -469,7 +510,14 @@ int run_held() {
 }
 
 // Few and small: for compute-sanitizer.
-int run_select() {
+void select_wide() {
+  unsigned seed = 800;
+  for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16})
+    for (int t : {9, 64, 100})
+      check_case({dtype, dtype == FUSED_MLP_BF16, 256, 704, 136, t, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false}, seed++,
+                 false);
+}
+void select_others() {
   unsigned seed = 900;
   for (int dtype = 0; dtype < 4; ++dtype)
     for (int t : {1, 9, 20, 64})
@@ -487,6 +535,11 @@ int run_select() {
       for (int gated : {0, 1})
         check_case({dtype, gated, 256, 1024, 136, t, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_RESIDENT, t == 8}, seed++, false);
   check_case({FUSED_MLP_BF16, 1, 33, 65, 129, 5, 6, 0.f, 7, 1, 1, 0, true}, seed++, false);
+}
+int run_select(bool only_wide) {
+  select_wide();
+  if (!only_wide)
+    select_others();
   std::printf("select: %d checks, %d failures\n", checks, failures);
   return failures != 0;
 }
@@ -517,6 +570,8 @@ int run_stress(int launches) {
   const Case cases[] = {{FUSED_MLP_BF16, 1, 576, 1536, 576, 1, 6, 0.f, 0, 0, 0, 0, false},
                         {FUSED_MLP_BF16, 1, 2048, 5632, 2048, 3, 6, 0.f, 7, 0, 0, 0, false},
                         {FUSED_MLP_F16, 0, 768, 3072, 768, 64, 0, 0.f, 7, 0, 0, 0, false},
+                        {FUSED_MLP_BF16, 1, 1024, 2816, 1024, 40, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false},
+                        {FUSED_MLP_F16, 0, 768, 3072, 768, 100, 0, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false},
                         {FUSED_MLP_F32, 1, 576, 1536, 576, 20, 6, 0.f, 7, 0, 0, 0, false},
                         {FUSED_MLP_F32, 1, 64, 172, 64, 5, 6, 0.f, 7, 0, 0, 0, false},
                         {FUSED_MLP_BF16, 0, 264, 1000, 72, 9, 0, 0.f, 7, 0, 0, FUSED_MLP_PATH_PORTABLE, false}};
@@ -586,8 +641,11 @@ int run_stress(int launches) {
 int run_graph(int replays) {
   int bad = 0;
   for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F32})
-    for (int tokens : {1, 64}) {
-      Problem p({dtype, 1, 576, 1536, 576, tokens, 6, 0.f, 7, 0, 0, 0, false}, 77);
+    for (int tokens : {1, 64, 100}) {
+      if (tokens == 100 && dtype == FUSED_MLP_F32)
+        continue;
+      const int path = tokens == 100 ? FUSED_MLP_PATH_WIDE : FUSED_MLP_PATH_AUTO;
+      Problem p({dtype, 1, 576, 1536, 576, tokens, 6, 0.f, 7, 0, 0, path, false}, 77);
       cudaStream_t stream;
       CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
       STATUS_OK(fused_mlp_decode(&p.args, stream));
@@ -611,7 +669,7 @@ int run_graph(int replays) {
       CUDA_OK(cudaGraphDestroy(graph));
       CUDA_OK(cudaStreamDestroy(stream));
     }
-  std::printf("graph: 4 x %d replays of 4 launches, %d wrong\n", replays, bad);
+  std::printf("graph: 5 x %d replays of 4 launches, %d wrong\n", replays, bad);
   return bad != 0;
 }
 
@@ -818,6 +876,10 @@ int run_host() {
 
 int main(int argc, char **argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
+  if (mode == "check" && argc > 2 && std::string(argv[2]) == "wide") {
+    check_wide();
+    return failures != 0;
+  }
   if (mode == "check")
     return run_check(argc > 2 && std::string(argv[2]) == "quick");
   if (mode == "stress")
@@ -825,7 +887,7 @@ int main(int argc, char **argv) {
   if (mode == "held")
     return run_held();
   if (mode == "select")
-    return run_select();
+    return run_select(argc > 2 && std::string(argv[2]) == "wide");
   if (mode == "soak")
     return run_soak(argc > 2 ? std::atoi(argv[2]) : 60);
   if (mode == "graph")
@@ -838,6 +900,7 @@ int main(int argc, char **argv) {
   }
   if (mode == "host")
     return run_host();
-  std::printf("usage: harness check [quick] | stress N | held | select | soak SECONDS | graph N | time [DTYPE [TOKENS...]] | host\n");
+  std::printf("usage: harness check [quick|wide] | stress N | held | select [wide] | soak SECONDS | graph N | "
+              "time [DTYPE [TOKENS...]] | host\n");
   return 1;
 }

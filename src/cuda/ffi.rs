@@ -61,6 +61,7 @@ pub(super) const PATH_HOPPER: i32 = 4;
 pub(super) const PATH_RESIDENT: i32 = 5;
 pub(super) const PATH_CLUSTER: i32 = 6;
 pub(super) const PATH_GEMM_AMPERE: i32 = 7;
+pub(super) const PATH_WIDE: i32 = 8;
 
 extern "C" {
     fn fused_mlp_decode_workspace_bytes(args: *const DecodeArgs) -> u64;

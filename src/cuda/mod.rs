@@ -36,6 +36,10 @@ pub enum Kernel {
     /// Both layers in one launch, each multiprocessor's weights in its shared memory at once; on sm_90, for 1 to 8 tokens
     /// of bf16 and f16 and small models whose weights fit there.
     DecodeResident,
+    /// Both layers in one launch, tokens as the rows of the tensor cores' products; on sm_90, for some dozens of tokens of bf16
+    /// and f16 (up to 128 in a launch), where all rows lie on 16 bytes and are whole pieces of 128 bytes, with the activations of
+    /// [`Gemm`](Self::Gemm).
+    DecodeWide,
     /// Both layers in one launch, weights by tensor copies to the tensor cores; on sm_90, for bf16 and f16 (and f32 up to 32
     /// tokens) where all rows lie on 16 bytes and are whole pieces of 128 bytes.
     DecodeHopper,
@@ -63,9 +67,10 @@ thread_local! {
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::DecodeCluster,
         Self::DecodeResident,
+        Self::DecodeWide,
         Self::DecodeHopper,
         Self::DecodeDependent,
         Self::Decode,
@@ -80,6 +85,7 @@ impl Kernel {
         match self {
             Self::DecodeCluster => "decode-cluster",
             Self::DecodeResident => "decode-resident",
+            Self::DecodeWide => "decode-wide",
             Self::DecodeHopper => "decode-hopper",
             Self::DecodeDependent => "decode-dependent",
             Self::Decode => "decode",
@@ -107,10 +113,11 @@ impl Kernel {
         f()
     }
 
-    /// How many launches it takes, and how often it reads the weights: a decode kernel takes up to 64 tokens at a time.
+    /// How many launches it takes, and how often it reads the weights: a decode kernel takes up to 64 tokens at a time, or 128.
     pub(crate) fn passes(self, tokens: usize) -> usize {
         match self {
             Self::Gemm | Self::GemmAmpere | Self::Matmul => 1,
+            Self::DecodeWide => tokens.div_ceil(128),
             _ => tokens.div_ceil(64),
         }
     }
@@ -120,6 +127,7 @@ impl Kernel {
         match self {
             Self::DecodeCluster => ffi::PATH_CLUSTER,
             Self::DecodeResident => ffi::PATH_RESIDENT,
+            Self::DecodeWide => ffi::PATH_WIDE,
             Self::DecodeHopper => ffi::PATH_HOPPER,
             Self::DecodeDependent => ffi::PATH_DIRECT_DEPENDENT,
             Self::Decode => ffi::PATH_DIRECT,
@@ -196,6 +204,8 @@ fn choose(facts: &Facts) -> Kernel {
     match path {
         ffi::PATH_CLUSTER if tokens <= 64 => Kernel::DecodeCluster,
         ffi::PATH_RESIDENT => Kernel::DecodeResident,
+        // Chosen only where it is faster than the others.
+        ffi::PATH_WIDE => Kernel::DecodeWide,
         ffi::PATH_HOPPER if tokens <= 64 => Kernel::DecodeHopper,
         ffi::PATH_DIRECT_DEPENDENT if tokens <= most_tokens => Kernel::DecodeDependent,
         ffi::PATH_DIRECT if tokens <= most_tokens => Kernel::Decode,

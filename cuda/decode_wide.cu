@@ -1,0 +1,595 @@
+// The whole MLP for up to 128 tokens in one launch on Hopper, with the tokens as a product's 64 rows: for some dozens of them.
+// (For few tokens decode_hopper.cu has weights as the rows of a product, and reads them a little faster.)
+//
+// One block per multiprocessor. One thread, the producer, keeps a ring of stages in shared memory full, a warpgroup for each 64
+// tokens multiplies what has come. A stage is some chunks of 128 bytes of depth: of each, all tokens' rows and a tile's weight
+// rows. A tile's sums of gate and up of a hidden element are in one thread, which finishes them as the kernels for many tokens
+// do (gemm_hopper.cuh). When the producer has asked for its last gate and up rows it goes on to ask for down rows, which depend
+// on nothing: the one grid-wide wait, for the hidden rows, passes while they are on the way. The second layer's depth is cut
+// among the blocks of a cluster, which add their sums in order.
+//
+// No deadlock, whatever is resident, as in decode_hopper.cu: a block waits for the hidden rows only, and each tile of the first
+// layer is either held by a block that runs, or free for a block whose wait is long to claim. A tile that somebody else claimed
+// is computed by its owner in vain, and not written. Dependent launch and counters are as there, too.
+//
+// A row's bits do not depend on its company, among up to 64 tokens and among more: tiles are chosen by the weights' shape and
+// by which of both it is.
+#include "decode_hopper.cuh"
+#include "gemm_hopper.cuh"
+
+namespace fused_mlp {
+namespace {
+
+constexpr int NARROW_TOKENS = 64; // of one consumer
+
+// One layer's tiles.
+//   ROWS: tokens, 64 for each consumer
+//   COLUMNS: weights' rows of a tile; a gated tile's output has half as many columns
+//   SPLIT: parts of a tile's depth, a block of the cluster each, whose sums are added in the order of the blocks
+//   CHUNKS: of a stage
+template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, int SPLIT_, int CHUNKS_> struct WideTile {
+  using T = T_;
+  using Bits = unsigned short; // of an element
+  static constexpr bool GATED = GATED_;
+  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SPLIT = SPLIT_, CHUNKS = CHUNKS_;
+  static constexpr int CONSUMERS = ROWS / NARROW_TOKENS, PARTS = 1, SHARE = 1, PEERS = 1, LINKS = 1, CLUSTER = SPLIT;
+  static constexpr int MATRICES = GATED ? 2 : 1; // each by itself in a stage
+  static constexpr int OUT_COLUMNS = COLUMNS / MATRICES;
+  static constexpr int SUMS = COLUMNS / 2; // of a thread
+  // Columns that a warp writes at once; where blocks share the writing, as few as can be.
+  static constexpr int CHUNK = SPLIT > 1 ? 16 : OUT_COLUMNS % 64 == 0 ? 64 : OUT_COLUMNS % 32 == 0 ? 32 : 16;
+  static constexpr int CHUNK_BYTES = 16 * CHUNK * 2;
+  static constexpr int ROW_BYTES = CHUNKS * ROWS * SWIZZLE_BYTES, WEIGHT_BYTES = CHUNKS * COLUMNS * SWIZZLE_BYTES;
+  static_assert(ROWS * COLUMNS == 2 * SUMS * PARTS * NARROW_TOKENS * CONSUMERS, "all sums are somebody's");
+  static_assert(SHARE * PEERS * LINKS == 1 && CLUSTER == SPLIT, "blocks of a cluster share a tile's depth alone");
+};
+
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+// Shared memory of a kernel with tiles `First` and `Second`: the ring, each warp's outbox, each consumer's biases, the ring's
+// barriers and what the consumers are to do with a stage.
+template <class First_, class Second_> struct WideRing {
+  using First = First_;
+  using Second = Second_;
+  static constexpr int CONSUMERS = First::CONSUMERS, THREADS = (1 + CONSUMERS) * WARPGROUP, CLUSTER = Second::SPLIT;
+  static constexpr int SLOT_BYTES = larger(First::ROW_BYTES + First::WEIGHT_BYTES, Second::ROW_BYTES + Second::WEIGHT_BYTES);
+  static constexpr int OUTBOX_BYTES = 2 * larger(First::CHUNK_BYTES, Second::CHUNK_BYTES); // of a warp
+  static constexpr int BIAS_BYTES = 2 * larger(First::COLUMNS, Second::COLUMNS);           // of a consumer
+  static constexpr int AFTER_BYTES = CONSUMERS * (4 * OUTBOX_BYTES + BIAS_BYTES), COMMAND_BYTES = 8;
+  static constexpr int FIT = (SHARED_BYTES - SWIZZLE_ALIGN - AFTER_BYTES) / (SLOT_BYTES + 16 + COMMAND_BYTES);
+  static constexpr int SLOTS = FIT < 16 ? FIT : 16;
+  static constexpr int TOTAL_BYTES = SWIZZLE_ALIGN + SLOTS * (SLOT_BYTES + 16 + COMMAND_BYTES) + AFTER_BYTES;
+  static_assert(Second::ROWS * Second::COLUMNS * 4 <= SLOTS * SLOT_BYTES, "sums meet in the ring");
+  static_assert(BIAS_BYTES % 8 == 0, "barriers lie on 8 bytes");
+
+  unsigned base;
+  int slot;
+  unsigned parity;
+
+  __device__ unsigned rows() const { return base + slot * SLOT_BYTES; }
+  __device__ unsigned outbox(int warp) const { return base + SLOTS * SLOT_BYTES + warp * OUTBOX_BYTES; }
+  __device__ unsigned biases(int consumer) const { return outbox(4 * CONSUMERS) + consumer * BIAS_BYTES; }
+  __device__ unsigned full(int slot) const { return biases(CONSUMERS) + 8 * slot; }
+  __device__ unsigned empty(int slot) const { return full(SLOTS) + 8 * slot; }
+  // With the first stage of a tile or with one for itself: a tile of the first layer, or one of WideCommand.
+  __device__ unsigned command() const { return empty(SLOTS) + COMMAND_BYTES * slot; }
+  // With the last stage of a tile of the first layer: whether the tile is ours.
+  __device__ unsigned ours() const { return command() + 4; }
+  __device__ void next() {
+    if (++slot == SLOTS) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+enum WideCommand : int {
+  SKIP = -1,   // give the stage back
+  SECOND = -2, // the second layer begins
+  END = -3,
+};
+
+// A layer as its kernel takes it: boxes of its rows' and weights' chunks, and what tiles are written by.
+struct WideLayer {
+  CUtensorMap rows, weights, up;
+  Product product; // of this only what is needed to finish tiles
+  int tiles, chunks;
+};
+
+struct WideArgs {
+  WideLayer first, second;
+  Counters *counters;
+  int box_rows; // tokens, rounded up
+};
+
+// Stages of a whole depth; and of a part of it, the first and how many.
+template <class K> __host__ __device__ constexpr int stages_of(const WideLayer &layer) {
+  return (layer.chunks + K::CHUNKS - 1) / K::CHUNKS;
+}
+template <class K> __device__ __forceinline__ int first_stage(const WideLayer &layer, int part) {
+  return part * stages_of<K>(layer) / K::SPLIT;
+}
+template <class K> __device__ __forceinline__ int stages_of(const WideLayer &layer, int part) {
+  return first_stage<K>(layer, part + 1) - first_stage<K>(layer, part);
+}
+
+#ifdef FUSED_MLP_HOPPER
+
+constexpr int WIDE_PREFETCHED_STAGES = 2;
+constexpr long long WIDE_PATIENCE = 60000; // cycles, beyond twice what the block's own tiles took
+
+__device__ __forceinline__ void store_shared(unsigned address, int v) {
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
+template <class R> __device__ __forceinline__ void produce_wide(const WideArgs &args, R ring) {
+  using A = typename R::First;
+  using B = typename R::Second;
+  const WideLayer &first = args.first, &second = args.second;
+  const unsigned long long once = evict_first_policy(), again = evict_last_policy();
+  const unsigned row_bytes = args.box_rows * SWIZZLE_BYTES;
+  Counters *const counters = args.counters;
+  const int first_stages = stages_of<A>(first);
+
+  const auto ask_first = [&](int tile, bool ours) {
+    for (int s = 0; s < first_stages; ++s, ring.next()) {
+      const unsigned full = ring.full(ring.slot), weights = ring.rows() + A::ROW_BYTES;
+      barrier_wait(ring.empty(ring.slot), ring.parity);
+      if (s == 0)
+        store_shared(ring.command(), tile);
+      if (s == first_stages - 1)
+        store_shared(ring.ours(), static_cast<int>(ours));
+      barrier_arrive_expect(full, A::CHUNKS * row_bytes + A::WEIGHT_BYTES);
+      copy_chunks(ring.rows(), &first.rows, 0, s * A::CHUNKS, full, again);
+      copy_chunks(weights, &first.weights, tile * A::OUT_COLUMNS, s * A::CHUNKS, full, once);
+      if (A::GATED)
+        copy_chunks(weights + A::WEIGHT_BYTES / 2, &first.up, tile * A::OUT_COLUMNS, s * A::CHUNKS, full, once);
+    }
+  };
+  const int ahead_of_wait = static_cast<int>(blockIdx.x) < first.tiles ? min(first_stages, WIDE_PREFETCHED_STAGES) : 0;
+  for (int s = 0; s < ahead_of_wait; ++s) {
+    prefetch_chunks(&first.weights, blockIdx.x * A::OUT_COLUMNS, s * A::CHUNKS);
+    if (A::GATED)
+      prefetch_chunks(&first.up, blockIdx.x * A::OUT_COLUMNS, s * A::CHUNKS);
+  }
+  wait_for_previous_kernel();
+  release_next_kernel();
+  const long long start = clock64();
+  for (int tile = blockIdx.x; tile < first.tiles; tile += gridDim.x)
+    ask_first(tile, atomicExch(&counters->claim[tile], 1u) == 0u);
+
+  const Place<B> at(blockIdx.x % B::SPLIT);
+  const bool has_tile = at.first_tile < second.tiles;
+  const int begin = first_stage<B>(second, at.split), stages = stages_of<B>(second, at.split);
+  const auto ask_weights = [&](int s) {
+    barrier_wait(ring.empty(ring.slot), ring.parity);
+    barrier_expect(ring.full(ring.slot), B::WEIGHT_BYTES);
+    copy_chunks(ring.rows() + B::ROW_BYTES, &second.weights, at.first_tile * B::OUT_COLUMNS, (begin + s) * B::CHUNKS,
+                ring.full(ring.slot), once);
+  };
+  const auto ask_rows = [&](int s) {
+    if (s == 0)
+      store_shared(ring.command(), static_cast<int>(SECOND));
+    barrier_arrive_expect(ring.full(ring.slot), B::CHUNKS * row_bytes);
+    copy_chunks(ring.rows(), &second.rows, 0, (begin + s) * B::CHUNKS, ring.full(ring.slot), again);
+  };
+  const int ahead = min(stages, static_cast<int>(R::SLOTS));
+  bool own = true;
+  // A block without down rows waits for nobody.
+  while (has_tile) {
+    const R before = ring;
+    for (int s = 0; s < ahead; ++s, ring.next())
+      ask_weights(s);
+    int rescue = -1;
+    // Once a block has had to help, it helps on without waiting again.
+    const long long since = clock64(), patience = own ? 2 * (since - start) + WIDE_PATIENCE : 0;
+    bool all_claimed = false;
+    while (rescue < 0 && load_acquire(&counters->arrived) < static_cast<unsigned>(first.tiles)) {
+      if (all_claimed || clock64() - since <= patience)
+        continue;
+      all_claimed = true;
+      for (int i = 0; i < first.tiles && rescue < 0; ++i) {
+        const int other = (blockIdx.x + i) % first.tiles;
+        if (atomicExch(&counters->claim[other], 1u) == 0u)
+          rescue = other;
+      }
+    }
+    ring = before;
+    if (rescue < 0)
+      break;
+    own = false;
+    for (int s = 0; s < ahead; ++s, ring.next()) {
+      store_shared(ring.command(), static_cast<int>(SKIP));
+      barrier_arrive(ring.full(ring.slot));
+    }
+    ask_first(rescue, true);
+  }
+  fence_global_copies();
+  const bool all_passed = atomicInc(&counters->passed, gridDim.x - 1) == gridDim.x - 1;
+  for (int s = 0; has_tile && s < stages; ++s, ring.next()) {
+    if (s >= ahead)
+      ask_weights(s);
+    ask_rows(s);
+  }
+  if (!has_tile || stages == 0) { // the part of a short depth may be nothing
+    barrier_wait(ring.empty(ring.slot), ring.parity);
+    store_shared(ring.command(), static_cast<int>(has_tile ? SECOND : END));
+    barrier_arrive(ring.full(ring.slot));
+  }
+  // Everybody is past the wait: the counters may go back to zero.
+  if (all_passed) {
+    for (int i = 0; i < first.tiles; ++i)
+      counters->claim[i] = 0u;
+    counters->arrived = 0u;
+  }
+}
+
+// A tile's sums over so many stages, and whether the tile is ours.
+template <class K, class R>
+__device__ __forceinline__ bool multiply_wide(R &ring, int stages, unsigned row_bytes, float (&sums)[1][K::SUMS]) {
+  constexpr int OWN_SUMS = K::OUT_COLUMNS / 2; // of one matrix
+  const unsigned own_rows = (threadIdx.x / WARPGROUP - 1) * NARROW_TOKENS * SWIZZLE_BYTES;
+  float parts[K::MATRICES][OWN_SUMS];
+#pragma unroll
+  for (int m = 0; m < K::MATRICES; ++m)
+#pragma unroll
+    for (int i = 0; i < OWN_SUMS; ++i)
+      parts[m][i] = 0.f;
+  int before = 0, ours = 0;
+  const auto release = [&] {
+    if (threadIdx.x % 32 == 0)
+      barrier_arrive(ring.empty(before));
+  };
+  for (int s = 0; s < stages; ++s, ring.next()) {
+    barrier_wait(ring.full(ring.slot), ring.parity);
+    if (s == stages - 1)
+      ours = uniform(static_cast<int>(load_shared_4(ring.ours())));
+    products_begin();
+#pragma unroll
+    for (int c = 0; c < K::CHUNKS; ++c)
+#pragma unroll
+      for (int k = 0; k < SWIZZLE_BYTES / 32; ++k)
+#pragma unroll
+        for (int m = 0; m < K::MATRICES; ++m)
+          WarpgroupProduct<typename K::T, K::OUT_COLUMNS>::add(
+              parts[m], tile_descriptor(ring.rows() + c * row_bytes + own_rows) + 2 * k,
+              tile_descriptor(ring.rows() + K::ROW_BYTES + (m * K::CHUNKS + c) * K::OUT_COLUMNS * SWIZZLE_BYTES) + 2 * k);
+    products_commit();
+    if (s > 0) {
+      products_wait<1>();
+      release();
+    }
+    before = ring.slot;
+  }
+  products_wait<0>();
+#pragma unroll
+  for (int m = 0; m < K::MATRICES; ++m)
+    pin(parts[m]);
+  if (stages > 0)
+    release();
+#pragma unroll
+  for (int m = 0; m < K::MATRICES; ++m)
+#pragma unroll
+    for (int i = 0; i < OWN_SUMS; ++i)
+      sums[0][m * OWN_SUMS + i] = parts[m][i];
+  return ours;
+}
+
+template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &args, R ring) {
+  using A = typename R::First;
+  using B = typename R::Second;
+  wait_for_previous_kernel();
+  const Product &first = args.first.product, &second = args.second.product;
+  const int consumer = threadIdx.x / WARPGROUP - 1, warp = threadIdx.x / 32 - 4, row = 16 * warp;
+  const unsigned row_bytes = args.box_rows * SWIZZLE_BYTES;
+  const auto biases_of = [&](auto tile, const Product &p, int column) {
+    using K = decltype(tile);
+    return put_biases<K>(p, ring.biases(consumer), consumer,
+                         [&](int i) { return bias_of<K>(p, column, threadIdx.x % WARPGROUP + i * WARPGROUP); });
+  };
+  Outbox<A> hidden(ring.outbox(warp));
+  int command;
+  for (;;) {
+    barrier_wait(ring.full(ring.slot), ring.parity);
+    command = uniform(static_cast<int>(load_shared_4(ring.command())));
+    if (command == SECOND || command == END)
+      break;
+    if (command == SKIP) {
+      if (threadIdx.x % 32 == 0)
+        barrier_arrive(ring.empty(ring.slot));
+      ring.next();
+      continue;
+    }
+    float sums[1][A::SUMS];
+    if (!multiply_wide<A>(ring, stages_of<A>(args.first), row_bytes, sums))
+      continue;
+    const int column = command * A::OUT_COLUMNS;
+    const unsigned biases = biases_of(A(), first, column);
+    with_finish<A::GATED>(
+        first.finish, [&](auto finish) { write_tile<A, finish>(first, hidden, sums, row, column, biases); });
+    if (threadIdx.x % 32 == 0) {
+      copies_out_end();
+      fence_global_copies();
+      __threadfence();
+    }
+    consumers_meet<A>();
+    if (threadIdx.x == WARPGROUP)
+      add_release(&args.counters->arrived);
+  }
+  if (command == END) // in the whole cluster
+    return;
+  const Place<B> at(blockIdx.x % B::SPLIT);
+  float sums[1][B::SUMS];
+  multiply_wide<B>(ring, stages_of<B>(args.second, at.split), row_bytes, sums);
+  const int column = at.first_tile * B::OUT_COLUMNS;
+  const unsigned biases = biases_of(B(), second, column);
+  consumers_meet<B>(); // all are done with the stages
+  leave_parts<B>(ring.base, sums[0]);
+  Outbox<B> out(ring.outbox(warp));
+  cluster_sync();
+  write_split_tile<B, Finish::None>(second, out, ring.base, at, row, column, biases);
+  out.close();
+}
+
+#endif // FUSED_MLP_HOPPER
+
+template <class R> __global__ void __launch_bounds__(R::THREADS, 1) wide_kernel(const __grid_constant__ WideArgs args) {
+#ifdef FUSED_MLP_HOPPER
+  extern __shared__ unsigned char shared[];
+  // The first round of the ring finds its slots empty.
+  const unsigned base = (shared_address(shared) + SWIZZLE_ALIGN - 1) / SWIZZLE_ALIGN * SWIZZLE_ALIGN;
+  const R filled{base, 0, 1}, emptied{base, 0, 0};
+  if (threadIdx.x == 0) {
+    for (const WideLayer *layer : {&args.first, &args.second}) {
+      prefetch_map(&layer->rows);
+      prefetch_map(&layer->weights);
+      prefetch_map(&layer->up);
+      prefetch_map(&layer->product.out);
+    }
+    for (int slot = 0; slot < R::SLOTS; ++slot) {
+      barrier_init(filled.full(slot), 1);
+      barrier_init(filled.empty(slot), 4 * R::CONSUMERS); // each warp for itself
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+  if (threadIdx.x < WARPGROUP) {
+    if constexpr (R::CONSUMERS == 2)
+      give_registers<Warpgroups<2>::PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0)
+      produce_wide(args, filled);
+    __syncwarp();
+    if (static_cast<int>(blockIdx.x) / R::CLUSTER < args.second.tiles)
+      cluster_sync(); // where the consumers exchange sums
+  } else {
+    if constexpr (R::CONSUMERS == 2)
+      take_registers<Warpgroups<2>::CONSUMER_REGISTERS>();
+    consume_wide(args, emptied);
+  }
+  cluster_meet(); // nobody reads of a block that has ended
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launchers
+
+struct WideVariant {
+  bool gated;
+  int rows, first_columns, first_tile_columns, second_columns, split;
+  int (*resident)(int *blocks);
+  int (*enqueue)(const Shape &shape, int dtype, Finish finish, float slope, cudaStream_t stream);
+};
+
+template <class R> int enqueue_wide(const Shape &shape, int dtype, Finish finish, float slope, cudaStream_t stream) {
+  using A = typename R::First;
+  using B = typename R::Second;
+  int resident = 0, status = resident_blocks<R, wide_kernel<R>>(&resident);
+  WideArgs args = {};
+  WideLayer &first = args.first, &second = args.second;
+  args.box_rows = divide_up(shape.tokens, GROUP) * GROUP;
+  const int h = shape.hidden_size, n = shape.intermediate_size, o = shape.output_size;
+  const long long x_stride = shape.tokens > 1 ? shape.x_stride : h;
+  if (status == FUSED_MLP_OK)
+    status = chunk_map(&first.rows, {shape.x, shape.tokens, h, x_stride, 0, dtype, args.box_rows, A::CHUNKS, 1});
+  if (status == FUSED_MLP_OK)
+    status = chunk_map(&first.weights, {shape.gate, n, h, shape.gate_stride, 0, dtype, A::OUT_COLUMNS, A::CHUNKS, 1});
+  if (status == FUSED_MLP_OK && A::GATED)
+    status = chunk_map(&first.up, {shape.up, n, h, shape.up_stride, 0, dtype, A::OUT_COLUMNS, A::CHUNKS, 1});
+  if (status == FUSED_MLP_OK)
+    status = chunk_map(&second.rows,
+                       {shape.hidden, shape.tokens, n, shape.hidden_stride, 0, dtype, args.box_rows, B::CHUNKS, 1});
+  if (status == FUSED_MLP_OK)
+    status = chunk_map(&second.weights, {shape.down, o, n, shape.down_stride, 0, dtype, B::OUT_COLUMNS, B::CHUNKS, 1});
+  if (status == FUSED_MLP_OK)
+    status = encode_tensor_map(&first.product.out, dtype, shape.hidden, shape.tokens, n, shape.hidden_stride, 16, 2 * A::CHUNK);
+  if (status == FUSED_MLP_OK)
+    status = encode_tensor_map(&second.product.out, dtype, shape.out, shape.tokens, o, o, 16, 2 * B::CHUNK);
+  if (status != FUSED_MLP_OK)
+    return status;
+  if (!A::GATED)
+    first.up = first.weights;
+  second.up = second.weights;
+  first.product.bias = shape.bias_gate;
+  first.product.bias_up = A::GATED ? shape.bias_up : nullptr;
+  second.product.bias = shape.bias_down;
+  first.product.tokens = second.product.tokens = shape.tokens;
+  first.product.columns = n;
+  second.product.columns = o;
+  first.product.finish = finish;
+  first.product.slope = slope;
+  first.tiles = divide_up(n, A::OUT_COLUMNS);
+  second.tiles = divide_up(o, B::OUT_COLUMNS);
+  first.chunks = h / CHUNK;
+  second.chunks = n / CHUNK;
+  args.counters = shape.counters;
+
+  const int blocks = divide_up(larger(first.tiles, second.tiles * B::SPLIT), B::SPLIT) * B::SPLIT;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {R::CLUSTER, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks < resident ? blocks : resident);
+  config.blockDim = dim3(R::THREADS);
+  config.dynamicSmemBytes = R::TOTAL_BYTES;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, wide_kernel<R>, args);
+}
+
+template <typename T, bool GATED, int ROWS, int COLUMNS, int CHUNKS, int SECOND_COLUMNS, int SPLIT, int SECOND_CHUNKS>
+constexpr WideVariant wide_variant() {
+  using A = WideTile<T, GATED, ROWS, COLUMNS, 1, CHUNKS>;
+  using R = WideRing<A, WideTile<T, false, ROWS, SECOND_COLUMNS, SPLIT, SECOND_CHUNKS>>;
+  return {GATED, ROWS, COLUMNS, A::OUT_COLUMNS, SECOND_COLUMNS, SPLIT, resident_blocks<R, wide_kernel<R>>, enqueue_wide<R>};
+}
+
+// The tiles that were fastest for some shape.
+template <typename T> const WideVariant *wide_variants(int *count) {
+  static const WideVariant variants[] = {
+      // Gated: tokens; weights' rows and chunks of a stage; of the second layer weights' rows, split, chunks.
+      wide_variant<T, true, 64, 32, 2, 32, 4, 2>(),
+      wide_variant<T, true, 64, 96, 2, 32, 2, 3>(),
+      wide_variant<T, true, 64, 128, 1, 32, 2, 2>(),
+      wide_variant<T, true, 64, 96, 2, 64, 2, 2>(),
+      wide_variant<T, true, 64, 128, 1, 64, 2, 1>(),
+      wide_variant<T, true, 64, 128, 1, 128, 2, 1>(),
+      wide_variant<T, true, 128, 96, 1, 96, 4, 1>(),
+      wide_variant<T, true, 128, 128, 1, 64, 2, 1>(),
+      // Plain.
+      wide_variant<T, false, 64, 32, 3, 32, 4, 3>(),
+      wide_variant<T, false, 64, 48, 3, 48, 4, 3>(),
+      wide_variant<T, false, 64, 64, 2, 32, 2, 3>(),
+      wide_variant<T, false, 64, 32, 3, 64, 2, 2>(),
+      wide_variant<T, false, 64, 128, 1, 128, 2, 1>(),
+      wide_variant<T, false, 128, 32, 2, 32, 4, 2>(),
+      wide_variant<T, false, 128, 48, 1, 48, 4, 1>(),
+  };
+  *count = sizeof(variants) / sizeof(variants[0]);
+  return variants;
+}
+
+// About how long a kernel takes, in microseconds on an H100, but for what is the same with all tiles: each layer as long as
+// its waves' copies from L2 or as its weights take from memory, which fewer blocks read more slowly. The numbers were fitted
+// to 340 times of 20 MLPs; the choice costs 0.5% on average.
+double wide_cost(const WideVariant &v, const FusedMlpArgs &args, int resident) {
+  const auto layer = [&](int tiles, int blocks, int chunks, int columns, double bytes) {
+    const int waves = divide_up(blocks, resident);
+    const double chunk = std::fmax((v.rows + columns) * SWIZZLE_BYTES / 63e3, 0.12);
+    const double copies = waves * (chunks * chunk + 4.7e-5 * columns * v.rows);
+    return std::fmax(copies, bytes / 3.17e6 * std::sqrt(static_cast<double>(waves) * resident / blocks));
+  };
+  const int first_tiles = divide_up(args.intermediate_size, v.first_tile_columns);
+  const int tiles = divide_up(args.output_size, v.second_columns);
+  const double bytes = 2. * args.intermediate_size;
+  return layer(first_tiles, first_tiles, args.hidden_size / CHUNK, v.first_columns,
+               bytes * args.hidden_size * (args.gated ? 2 : 1)) +
+         layer(tiles, tiles * v.split, args.intermediate_size / CHUNK / v.split, v.second_columns, bytes * args.output_size) +
+         (v.split == 4 ? 1.6 : 0.);
+}
+
+// The tiles of least cost for so many tokens; none where no tiles of the second layer are one wave.
+int choose_wide(const FusedMlpArgs &args, int tokens, const WideVariant **best) {
+  int count = 0;
+  const WideVariant *const all =
+      args.dtype == FUSED_MLP_F16 ? wide_variants<__half>(&count) : wide_variants<__nv_bfloat16>(&count);
+  double least = HUGE_VAL;
+  *best = nullptr;
+  for (const WideVariant *v = all; v != all + count; ++v) {
+    if (v->gated != (args.gated != 0) || v->rows != (tokens <= NARROW_TOKENS ? NARROW_TOKENS : WIDE_TOKENS))
+      continue;
+    int resident = 0;
+    const int status = v->resident(&resident);
+    if (status != FUSED_MLP_OK)
+      return status;
+    const int blocks = divide_up(args.output_size, v->second_columns) * v->split;
+    if (blocks > resident || divide_up(args.intermediate_size, v->first_tile_columns) > MAX_BLOCKS)
+      continue;
+    const double cost = wide_cost(*v, args, resident);
+    if (cost < least) {
+      least = cost;
+      *best = v;
+    }
+  }
+  return FUSED_MLP_OK;
+}
+
+// The same, remembered: a model asks for few sizes again and again.
+int remembered_choice(const FusedMlpArgs &args, int tokens, const WideVariant **best) {
+  struct Memory {
+    int device, dtype, gated, hidden_size, intermediate_size, output_size;
+    bool narrow, known;
+    const WideVariant *best;
+  };
+  constexpr unsigned PLACES = 16;
+  static thread_local Memory memories[PLACES] = {};
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess)
+    return error;
+  const bool narrow = tokens <= NARROW_TOKENS;
+  Memory &m = memories[(args.hidden_size / CHUNK * 7u + args.intermediate_size / CHUNK + narrow) % PLACES];
+  if (!m.known || m.device != device || m.dtype != args.dtype || m.gated != args.gated || m.narrow != narrow ||
+      m.hidden_size != args.hidden_size || m.intermediate_size != args.intermediate_size ||
+      m.output_size != args.output_size) {
+    const WideVariant *found = nullptr;
+    const int status = choose_wide(args, tokens, &found);
+    if (status != FUSED_MLP_OK)
+      return status;
+    m = {device, args.dtype, args.gated, args.hidden_size, args.intermediate_size, args.output_size, narrow, true, found};
+  }
+  *best = m.best;
+  return FUSED_MLP_OK;
+}
+
+} // namespace
+
+int wide_tokens_at_once(const DeviceFacts &device, const FusedMlpArgs &args, int *tokens) {
+  Finish finish;
+  float slope;
+  *tokens = 0;
+  if (!device.hopper || (args.dtype != FUSED_MLP_BF16 && args.dtype != FUSED_MLP_F16) || args.hidden_size % CHUNK != 0 ||
+      args.intermediate_size % CHUNK != 0 || args.output_size % 8 != 0 || !finish_of(args.activation, &finish, &slope))
+    return FUSED_MLP_OK;
+  const WideVariant *narrow = nullptr, *wide = nullptr;
+  int status = remembered_choice(args, NARROW_TOKENS, &narrow);
+  if (status == FUSED_MLP_OK && args.tokens > NARROW_TOKENS)
+    status = remembered_choice(args, WIDE_TOKENS, &wide);
+  *tokens = wide ? WIDE_TOKENS : narrow ? NARROW_TOKENS : 0;
+  return status;
+}
+
+bool decode_wide_is_faster(const FusedMlpArgs &args) {
+  constexpr long long MILLION = 1000000;
+  const long long weights =
+      1ll * args.intermediate_size * ((args.gated ? 2ll : 1ll) * args.hidden_size + args.output_size);
+  if (args.tokens <= 8 || args.tokens > WIDE_TOKENS)
+    return false;
+  if (args.tokens <= 16)
+    return weights < 8 * MILLION;
+  if (args.tokens <= 32)
+    return weights < 40 * MILLION;
+  if (args.tokens <= NARROW_TOKENS)
+    return true;
+  // Beside the two launches of gemm.cu.
+  if (!args.gated)
+    return weights >= 2 * MILLION && weights < 18 * MILLION;
+  return (weights >= 30 * MILLION && weights < 40 * MILLION) ||
+         (args.tokens > 96 && weights >= 64 * MILLION && weights < 256 * MILLION);
+}
+
+int launch_decode_wide(const Shape &shape, const FusedMlpArgs &args, cudaStream_t stream) {
+  const WideVariant *tiles = nullptr;
+  Finish finish;
+  float slope;
+  const int status = remembered_choice(args, shape.tokens, &tiles);
+  if (status != FUSED_MLP_OK)
+    return status;
+  if (!tiles || !finish_of(args.activation, &finish, &slope))
+    return FUSED_MLP_UNSUPPORTED;
+  return tiles->enqueue(shape, args.dtype, finish, slope, stream);
+}
+
+} // namespace fused_mlp
