@@ -125,7 +125,7 @@ int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path,
   const bool can_resident = can_hopper && can_decode_resident(device, args);
   const bool can_cluster = can_decode_cluster(device, args);
   int wide_tokens = 0;
-  const bool wide_is_best = args.path == FUSED_MLP_PATH_AUTO && decode_wide_is_faster(args);
+  const bool wide_is_best = args.path == FUSED_MLP_PATH_AUTO && decode_wide_is_chosen(args);
   if (can_depend && apart && (wide_is_best || args.path == FUSED_MLP_PATH_WIDE)) {
     const int status = wide_tokens_at_once(device, args, &wide_tokens);
     if (status != FUSED_MLP_OK)

@@ -561,19 +561,12 @@ int wide_tokens_at_once(const DeviceFacts &device, const FusedMlpArgs &args, int
   return status;
 }
 
-bool decode_wide_is_faster(const FusedMlpArgs &args) {
+bool decode_wide_is_chosen(const FusedMlpArgs &args) {
   constexpr long long MILLION = 1000000;
   const long long weights =
       1ll * args.intermediate_size * ((args.gated ? 2ll : 1ll) * args.hidden_size + args.output_size);
-  if (args.tokens <= 8 || args.tokens > WIDE_TOKENS)
+  if (args.tokens <= NARROW_TOKENS || args.tokens > WIDE_TOKENS)
     return false;
-  if (args.tokens <= 16)
-    return weights < 8 * MILLION;
-  if (args.tokens <= 32)
-    return weights < 40 * MILLION;
-  if (args.tokens <= NARROW_TOKENS)
-    return true;
-  // Beside the two launches of gemm.cu.
   if (!args.gated)
     return weights >= 2 * MILLION && weights < 18 * MILLION;
   return (weights >= 30 * MILLION && weights < 40 * MILLION) ||

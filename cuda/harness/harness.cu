@@ -294,14 +294,11 @@ void check_case(const Case &c, unsigned seed, bool again = true) {
   }
 }
 
-// Rows of a call with as many as the kernel takes against calls with fewer of them, at several first rows. Where the choice is
-// the kernels' own it stays with those that give a row the same bits.
+// Rows of a call with as many as the kernel takes against calls with fewer of them, at several first rows.
 void check_rows(Case c, unsigned seed) {
-  const bool wide = c.path == FUSED_MLP_PATH_WIDE, own_choice = c.path == FUSED_MLP_PATH_AUTO && c.dtype <= FUSED_MLP_F16;
+  const bool wide = c.path == FUSED_MLP_PATH_WIDE;
   const int most = c.dtype == FUSED_MLP_F32 && c.path == FUSED_MLP_PATH_AUTO ? 32 : wide ? c.tokens : 64;
   c.tokens = most;
-  if (own_choice)
-    c.path = FUSED_MLP_PATH_HOPPER;
   Problem p(c, seed);
   CUDA_OK(cudaMemset(p.args.out, 0xff, p.out_bytes()));
   STATUS_OK(fused_mlp_decode(&p.args, 0));
@@ -318,8 +315,6 @@ void check_rows(Case c, unsigned seed) {
       a.x = static_cast<const char *>(a.x) + first * a.x_stride * e;
       a.tokens = count;
       a.out = part.p;
-      if (own_choice && count <= 8)
-        a.path = FUSED_MLP_PATH_AUTO;
       CUDA_OK(cudaMemset(part.p, 0xff, part.bytes));
       STATUS_OK(fused_mlp_decode(&a, 0));
       const unsigned long long different =
