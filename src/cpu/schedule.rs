@@ -45,11 +45,24 @@ impl Schedule {
     }
 
     /// Calls `worker` on this thread and on up to `threads - 1` of rayon's, each with this schedule to draw from.
+    ///
+    /// One more of rayon's is asked, and whichever starts first takes part. A thread that last ran on the processor that
+    /// this one now keeps busy is woken there, and may have to wait for as long as this one works: on a virtual machine
+    /// Linux takes another processor that is idle for one that its host has taken away.
     pub(crate) fn run(&self, threads: usize, worker: impl Fn(&Schedule) + Sync) {
         let total = self.starts[self.starts.len() - 1];
+        let helpers = threads.min(total).saturating_sub(1);
+        if helpers == 0 {
+            return worker(self);
+        }
+        let started = AtomicUsize::new(0);
         rayon::in_place_scope(|scope| {
-            for _ in 1..threads.min(total) {
-                scope.spawn(|_| worker(self));
+            for _ in 0..=helpers {
+                scope.spawn(|_| {
+                    if started.fetch_add(1, Ordering::Relaxed) < helpers {
+                        worker(self);
+                    }
+                });
             }
             worker(self);
         });
