@@ -134,7 +134,8 @@ impl Memory for Reader {
         size_of_val(self.0.as_slice())
     }
 
-    /// On the threads that the ops run on; parts are handed out as threads ask for them.
+    /// On the threads that the ops run on (and one more, as they ask for one); parts are handed out as threads ask for
+    /// them.
     fn pass(&self) -> Result<()> {
         let next = AtomicUsize::new(0);
         let read = || {
@@ -143,7 +144,7 @@ impl Memory for Reader {
             }
         };
         rayon::in_place_scope(|scope| {
-            for _ in 1..get_num_threads() {
+            for _ in 0..get_num_threads() {
                 scope.spawn(|_| read());
             }
             read();

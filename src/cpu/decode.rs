@@ -24,13 +24,12 @@ pub(crate) const MAX_TOKENS: usize = TOTALS;
 const TASK_BYTES: usize = 1 << 20;
 /// Tasks of a phase that a thread should get.
 const TASKS_PER_THREAD: usize = 16;
-/// Rows whose sums are kept until the activation is applied to all of them: a multiple of every group of rows.
-const CHUNK: usize = 12;
+/// Rows whose sums are kept until the activation is applied to all of them: a multiple of every group of rows. Of several
+/// tokens, a block of a chunk's columns is asked for during the one before it.
+const CHUNK: usize = 24;
 /// Bytes of the operands that stay in the first cache while a chunk of rows is multiplied with them.
-const BLOCK_BYTES: usize = 16 << 10;
-/// How many groups of rows before their use their weights are asked for.
-const GROUPS_AHEAD: usize = 4;
-/// How far prefetches run ahead of the one row being read, in bytes.
+const BLOCK_BYTES: usize = 20 << 10;
+/// How far prefetches of one token run ahead of the row being read, in bytes.
 const AHEAD: usize = 8 << 10;
 
 /// One call's buffers.
@@ -41,6 +40,7 @@ pub(crate) struct Decode<'a, K: Kernel> {
     hidden: Columns<K>,
     out: Output<K::Element>,
     task_rows: [usize; 2],
+    threads: usize,
 }
 
 /// Operands of a few tokens: a vector of the first token, one of the second and so on, then each token's next. So a
@@ -115,7 +115,7 @@ impl<'a, K: Kernel> Decode<'a, K> {
             (TASK_BYTES / row_bytes.max(1)).min(even).max(1).next_multiple_of(2)
         };
         let task_rows = [task_rows(&gate.weight, 1 + problem.up.iter().len()), task_rows(&down.weight, 1)];
-        Ok(Self { problem, xs, hidden, out: Output::new(out), task_rows })
+        Ok(Self { problem, xs, hidden, out: Output::new(out), task_rows, threads })
     }
 
     /// The tasks of the three phases: x is copied, a token a task (by the calling thread, most likely, before another
@@ -148,17 +148,19 @@ impl<'a, K: Kernel> Decode<'a, K> {
             let end = projection.weight.rows.min(first + task_rows);
             for row in (first..end).step_by(CHUNK) {
                 let rows = row..end.min(row + CHUNK);
+                // What this thread reads after these, or most likely will.
+                let after = if rows.end < end { rows.end } else { first + self.threads * task_rows };
                 if is_hidden {
-                    project::<K, F, R, HALVE>(gate, &rows, &self.xs, &mut sums);
+                    project::<K, F, R, HALVE>(gate, &rows, after, &self.xs, &mut sums);
                     activation.apply(sums[..rows.len()].as_flattened_mut());
                     if let Some(up) = up {
-                        project::<K, F, R, HALVE>(up, &rows, &self.xs, &mut up_sums);
+                        project::<K, F, R, HALVE>(up, &rows, after, &self.xs, &mut up_sums);
                         for (hidden, up) in sums.as_flattened_mut().iter_mut().zip(up_sums.as_flattened()) {
                             *hidden = *hidden * *up;
                         }
                     }
                 } else {
-                    project::<K, F, R, HALVE>(down, &rows, &self.hidden, &mut sums);
+                    project::<K, F, R, HALVE>(down, &rows, after, &self.hidden, &mut sums);
                 }
                 for token in 0..self.xs.tokens {
                     for (row, sums) in rows.clone().zip(&sums) {
@@ -176,29 +178,30 @@ impl<'a, K: Kernel> Decode<'a, K> {
     }
 }
 
-/// The rows of a projection, `CHUNK` at most, of every token, bias included.
+/// The rows of a projection, `CHUNK` at most, of every token, bias included. It asks for the rows from `after` on.
 #[inline(always)]
 unsafe fn project<K: Kernel, const F: usize, const R: usize, const HALVE: bool>(
     projection: &Projection<Matrix<K::Element>>,
     rows: &Range<usize>,
+    after: usize,
     xs: &Columns<K>,
     sums: &mut [[Sum<K>; MAX_TOKENS]; CHUNK],
 ) {
     let weight = &projection.weight;
     match xs.tokens {
         // One row, and sums that are added to in turn to hide the latency of an addition.
-        1 => groups::<K, 1, 1, 0, 4>(weight, rows, xs, sums),
-        2 => groups::<K, F, 2, 0, 2>(weight, rows, xs, sums),
-        3 => groups::<K, F, 3, 0, 1>(weight, rows, xs, sums),
-        4 => groups::<K, F, 4, 0, 1>(weight, rows, xs, sums),
-        5 if HALVE => groups::<K, R, 3, 2, 1>(weight, rows, xs, sums),
-        6 if HALVE => groups::<K, R, 3, 3, 1>(weight, rows, xs, sums),
-        7 if HALVE => groups::<K, R, 4, 3, 1>(weight, rows, xs, sums),
-        8 if HALVE => groups::<K, R, 4, 4, 1>(weight, rows, xs, sums),
-        5 => groups::<K, R, 5, 0, 1>(weight, rows, xs, sums),
-        6 => groups::<K, R, 6, 0, 1>(weight, rows, xs, sums),
-        7 => groups::<K, R, 7, 0, 1>(weight, rows, xs, sums),
-        _ => groups::<K, R, MAX_TOKENS, 0, 1>(weight, rows, xs, sums),
+        1 => groups::<K, 1, 1, 0, 4>(weight, rows, after, xs, sums),
+        2 => groups::<K, F, 2, 0, 2>(weight, rows, after, xs, sums),
+        3 => groups::<K, F, 3, 0, 1>(weight, rows, after, xs, sums),
+        4 => groups::<K, F, 4, 0, 1>(weight, rows, after, xs, sums),
+        5 if HALVE => groups::<K, R, 3, 2, 1>(weight, rows, after, xs, sums),
+        6 if HALVE => groups::<K, R, 3, 3, 1>(weight, rows, after, xs, sums),
+        7 if HALVE => groups::<K, R, 4, 3, 1>(weight, rows, after, xs, sums),
+        8 if HALVE => groups::<K, R, 4, 4, 1>(weight, rows, after, xs, sums),
+        5 => groups::<K, R, 5, 0, 1>(weight, rows, after, xs, sums),
+        6 => groups::<K, R, 6, 0, 1>(weight, rows, after, xs, sums),
+        7 => groups::<K, R, 7, 0, 1>(weight, rows, after, xs, sums),
+        _ => groups::<K, R, MAX_TOKENS, 0, 1>(weight, rows, after, xs, sums),
     }
     if let Some(bias) = &projection.bias {
         for (row, sums) in rows.clone().zip(sums) {
@@ -211,11 +214,13 @@ unsafe fn project<K: Kernel, const F: usize, const R: usize, const HALVE: bool>(
 }
 
 /// Goes through the rows in groups of `R` for each block of columns, for `A` tokens and then `B` more.
-/// Where there are fewer rows than a group's, it repeats the last one.
+/// Where there are fewer rows than a group's, it repeats the last one. Beside the products it asks for the next block of
+/// columns or, during the last one, for the first of the rows from `after` on; of one token for what lies `AHEAD`.
 #[inline(always)]
 unsafe fn groups<K: Kernel, const R: usize, const A: usize, const B: usize, const U: usize>(
     weight: &Matrix<K::Element>,
     rows: &Range<usize>,
+    after: usize,
     xs: &Columns<K>,
     sums: &mut [[Sum<K>; MAX_TOKENS]; CHUNK],
 ) {
@@ -223,9 +228,12 @@ unsafe fn groups<K: Kernel, const R: usize, const A: usize, const B: usize, cons
     let tokens = A + B;
     let block =
         if tokens == 1 { weight.cols.max(1) } else { BLOCK_BYTES / (tokens * size_of::<K::Operand>()) * K::DEPTH };
-    let block = block.next_multiple_of(step * U);
+    // Of even size, since what is asked for during one block is as much as it reads itself.
+    let blocks = weight.cols.div_ceil(block.next_multiple_of(step * U)).max(1);
+    let block = weight.cols.div_ceil(blocks).next_multiple_of(step * U);
     let groups = rows.len().div_ceil(R);
-    let blocks = weight.cols.div_ceil(block).max(1);
+    let row_bytes = weight.cols * size_of::<K::Element>();
+    let groups_ahead = if tokens == 1 { (AHEAD / row_bytes.max(1)).clamp(1, groups) } else { groups };
     let at = |group: usize, r: usize, block_start: usize| {
         let row = rows.start + (group * R + r).min(rows.len() - 1);
         weight.as_ptr().wrapping_add(row * weight.row_stride + block_start)
@@ -236,13 +244,11 @@ unsafe fn groups<K: Kernel, const R: usize, const A: usize, const B: usize, cons
         let len = block.min(weight.cols - start);
         let x = xs.buffer.as_mut_ptr().add(start / K::DEPTH * tokens).cast_const();
         for group in 0..groups {
-            // What is read some groups later, or else the rows after these.
-            let later = group + GROUPS_AHEAD;
+            let later = group + groups_ahead;
             let ahead = match () {
-                _ if tokens == 1 => at(group, 0, AHEAD / size_of::<K::Element>()),
                 _ if later < groups => at(later, 0, start),
                 _ if b + 1 < blocks => at(later - groups, 0, start + block),
-                _ => weight.as_ptr().wrapping_add((rows.end + (later - groups) * R) * weight.row_stride),
+                _ => weight.as_ptr().wrapping_add((after + (later - groups) * R) * weight.row_stride),
             };
             let mut w = [std::ptr::null(); R];
             for r in 0..R {

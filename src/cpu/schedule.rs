@@ -45,11 +45,23 @@ impl Schedule {
     }
 
     /// Calls `worker` on this thread and on up to `threads - 1` of rayon's, each with this schedule to draw from.
+    ///
+    /// One more of rayon's is asked, and whichever starts first takes part: where a thread last ran on the processor that this
+    /// one now keeps busy, Linux may wake it there and leave it waiting for milliseconds, though another processor is idle.
     pub(crate) fn run(&self, threads: usize, worker: impl Fn(&Schedule) + Sync) {
         let total = self.starts[self.starts.len() - 1];
+        let helpers = threads.min(total).saturating_sub(1);
+        if helpers == 0 {
+            return worker(self);
+        }
+        let started = AtomicUsize::new(0);
         rayon::in_place_scope(|scope| {
-            for _ in 1..threads.min(total) {
-                scope.spawn(|_| worker(self));
+            for _ in 0..=helpers {
+                scope.spawn(|_| {
+                    if started.fetch_add(1, Ordering::Relaxed) < helpers {
+                        worker(self);
+                    }
+                });
             }
             worker(self);
         });
@@ -103,6 +115,23 @@ mod tests {
             });
             let counts: Vec<usize> = counts.iter().map(|c| c.load(Ordering::Relaxed)).collect();
             assert_eq!(counts, sizes);
+        }
+    }
+
+    #[test]
+    fn no_more_threads_take_part_than_asked_for() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(6).build().unwrap();
+        for threads in [1, 2, 4] {
+            let (active, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+            pool.install(|| {
+                Schedule::new([200]).run(threads, |schedule| {
+                    most.fetch_max(1 + active.fetch_add(1, Ordering::SeqCst), Ordering::SeqCst);
+                    while let Some(_ticket) = schedule.draw() {
+                        std::thread::sleep(std::time::Duration::from_micros(50));
+                    }
+                })
+            });
+            assert!(most.into_inner() <= threads);
         }
     }
 
