@@ -66,7 +66,7 @@ unsigned long long round_up(unsigned long long v, unsigned long long to) { retur
 
 struct WorkspaceLayout {
   unsigned long long hidden_stride; // elements
-  unsigned long long exchange, tagged, hidden, partial, bytes; // offsets, total
+  unsigned long long exchange, hidden, partial, bytes; // offsets, total
 };
 
 WorkspaceLayout layout_of(const FusedMlpArgs &args) {
@@ -74,8 +74,7 @@ WorkspaceLayout layout_of(const FusedMlpArgs &args) {
   layout.hidden_stride = round_up(args.intermediate_size, 64);
   // What outlives a launch has the same place whatever the sizes are; the rest is any launch's to write over.
   layout.exchange = round_up(sizeof(Counters), 256);
-  layout.tagged = round_up(layout.exchange + 2 * RESIDENT_ELEMENTS * sizeof(unsigned short), 256);
-  layout.hidden = round_up(layout.tagged + TAGGED_SUMS * sizeof(TaggedSum), 256);
+  layout.hidden = round_up(layout.exchange + 2 * RESIDENT_ELEMENTS * sizeof(unsigned short), 256);
   layout.partial =
       round_up(layout.hidden + WIDE_TOKENS * layout.hidden_stride * element_bytes(args.dtype), 256);
   const unsigned long long direct = decode_direct_partial_elements(args.output_size),
@@ -194,7 +193,6 @@ extern "C" int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream) {
   shape.counters = reinterpret_cast<Counters *>(workspace);
   shape.hidden = workspace + layout.hidden;
   shape.exchange = reinterpret_cast<unsigned short *>(workspace + layout.exchange);
-  shape.tagged = reinterpret_cast<TaggedSum *>(workspace + layout.tagged);
   shape.partial = reinterpret_cast<float *>(workspace + layout.partial);
   shape.x_stride = args->x_stride;
   shape.gate_stride = args->gate_stride;

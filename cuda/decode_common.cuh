@@ -12,8 +12,6 @@ constexpr int WIDE_TOKENS = 128; // of one launch of decode_wide.cu
 constexpr int MAX_BLOCKS = 1024; // of one launch; each has a claim word
 constexpr int RESIDENT_TOKENS = 8; // of one launch of decode_resident.cu
 constexpr int RESIDENT_ELEMENTS = RESIDENT_TOKENS * 5120; // of its hidden rows, at most
-constexpr int TAGGED_TOKENS = 16; // of one launch of decode_hopper.cu whose blocks exchange their sums as `TaggedSum`
-constexpr int TAGGED_SUMS = 256 * 128 * TAGGED_TOKENS; // of 256 blocks, with 128 rows each
 
 // Head of the workspace. All zero between launches, but for the last two: whoever is last to need a counter puts it back to
 // zero, so a graph replay finds it as the first launch did. Hot counters have a 128-byte line each.
@@ -30,14 +28,6 @@ struct Counters {
   // many 16-byte pieces of each exchange buffer its last launch on that buffer used.
   unsigned turn[MAX_BLOCKS];
   int used[2];
-  // Of decode_hopper.cu, and not put back to zero either: its launches on this workspace that used `tagged`, likewise.
-  unsigned launch[MAX_BLOCKS];
-};
-
-// A sum and the launch it belongs to, which is stored and loaded as one.
-struct TaggedSum {
-  float sum;
-  unsigned launch;
 };
 
 // The arguments as kernels take them, with what the host derived.
@@ -48,7 +38,6 @@ struct Shape {
   void *hidden;   // tokens rows of hidden_stride elements
   float *partial; // group sums of the down projection, [split][tokens][output_size]
   unsigned short *exchange; // two buffers of RESIDENT_ELEMENTS
-  TaggedSum *tagged;        // TAGGED_SUMS
   long long x_stride, gate_stride, up_stride, down_stride, hidden_stride;
   int tokens, hidden_size, intermediate_size, output_size;
   int gated;
@@ -62,11 +51,6 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned *p) {
   return v;
 }
 
-__device__ __forceinline__ unsigned load_relaxed(const unsigned *p) {
-  unsigned v;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
 // Adds 1, for whoever loads it to see all that this thread knows of: less than a fence of all memory and an atomic after it.
 __device__ __forceinline__ void add_release(unsigned *p) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p) : "memory");

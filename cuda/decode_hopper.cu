@@ -9,9 +9,7 @@
 // the down projection's rows. When the producer has asked for its last gate and up rows it goes on to ask for down rows,
 // which depend on nothing: the one grid-wide wait, for the hidden rows, passes while they are on the way. Only the hidden
 // rows themselves are asked for after it. The second layer's depth may be cut into parts, each a block's, so that blocks
-// read a part of the hidden rows for so many times as many down rows. For few tokens the block of the last part adds the
-// others' sums: each is stored together with the launch's number, so that it says itself whether it is there, and no fence or
-// counter lies between. Otherwise the last block to be done adds the parts.
+// read a part of the hidden rows for so many times as many down rows; the last block to be done adds the parts.
 //
 // Weights are the M operand of the products and tokens the N operand: the price of 8 tokens is that of one, and a
 // token's column is computed alike whatever is beside it. So a row has the same bits in any company, and on any run
@@ -21,11 +19,10 @@
 // bits and a low one, and a product is low high + high low + high high; low low, 2^-22 of it, is left out. Tensor cores cut
 // off bits where they add, so each chunk's sums start from zero, small terms by themselves, and are added in f32.
 //
-// No deadlock, whatever is resident: a block waits for the hidden rows, and for other parts' sums, which it makes itself if
-// they are long in coming. Slice b of the first layer belongs to whoever claims it with an atomic, normally block b, whose
-// first copies are under way meanwhile. A block whose wait is longer than its own share took empties its ring and computes
-// slices that nobody has claimed. So each slice is either held by a block that runs, and that waits for nothing before it has
-// delivered it, or free for the waiting block to take.
+// No deadlock, whatever is resident: a block waits for the hidden rows only. Slice b of the first layer belongs to
+// whoever claims it with an atomic, normally block b, whose first copies are under way meanwhile. A block whose wait is
+// longer than its own share took empties its ring and computes slices that nobody has claimed. So each slice is either
+// held by a block that runs, and that waits for nothing before it has delivered it, or free for the waiting block to take.
 //
 // Dependent launch: the next launch's blocks may start while this one ends. Before wait_for_previous_kernel they only
 // ask for their first weights to be brought as far as L2, where a copy made after the wait reads what memory then holds.
@@ -76,11 +73,7 @@ struct HopperPlan {
   int sets;     // of blocks that share down-projection rows
   int slots, slot_bytes;
   int prefetched_stages;
-  int tagged; // whether a set's blocks exchange their sums as TaggedSum
 };
-
-// Whether a set's blocks may exchange their sums as TaggedSum. In f32 what it takes of registers slows down the products.
-__host__ __device__ constexpr bool can_tag(bool is_f32, int token_rows) { return !is_f32 && token_rows <= TAGGED_TOKENS; }
 
 struct Maps {
   CUtensorMap x, gate, up, hidden, down;
@@ -141,38 +134,6 @@ __device__ __forceinline__ unsigned count_in_order(unsigned *p, unsigned most) {
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(most) : "memory");
   return before;
 }
-// Two tagged sums that lie on 16 bytes; each is stored and loaded as one.
-__device__ __forceinline__ unsigned long long bits_of(float sum, unsigned launch) {
-  return static_cast<unsigned long long>(launch) << 32 | __float_as_uint(sum);
-}
-__device__ __forceinline__ void store_sums(TaggedSum *to, float a, float b, unsigned launch) {
-  asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(bits_of(a, launch)), "l"(bits_of(b, launch))
-               : "memory");
-}
-__device__ __forceinline__ ulonglong2 load_sums(const TaggedSum *from) {
-  ulonglong2 v;
-  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(from) : "memory");
-  return v;
-}
-__device__ __forceinline__ bool are_of(const ulonglong2 &v, unsigned launch) {
-  return unsigned(v.x >> 32) == launch && unsigned(v.y >> 32) == launch;
-}
-__device__ __forceinline__ float sum_in(unsigned long long v) { return __uint_as_float(unsigned(v)); }
-// Whether any consumer says so.
-__device__ __forceinline__ bool any_consumer(bool says) {
-  int any;
-  asm volatile("{\n.reg .pred in, out;\nsetp.ne.b32 in, %1, 0;\nbar.red.or.pred out, 1, %2, in;\nselp.b32 %0, 1, 0, out;\n}\n"
-               : "=r"(any)
-               : "r"(int(says)), "n"(CONSUMERS)
-               : "memory");
-  return any;
-}
-
-// The part of its set's sums that a block's consumers want the producer to bring once more; none when it is negative.
-struct MissingPart {
-  int *part;
-  unsigned barrier;
-};
 
 // d (16 x 8) += a (16 x 8) b (8 x 8)^T; a thread holds of d what a warpgroup's product gives it.
 __device__ __forceinline__ void add_product(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
@@ -233,7 +194,7 @@ __device__ __forceinline__ void copy_weights(const Ring &ring, unsigned to, cons
 
 template <int NT>
 __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &plan, const Maps &maps, Stage *stages,
-                                        const MissingPart &missing, Ring ring) {
+                                        Ring ring) {
   const LayerPlan &first = plan.first;
   const LayerPlan &second = plan.second;
   const unsigned long long weights_policy = evict_first_policy(), tokens_policy = evict_last_policy();
@@ -291,7 +252,7 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
     produce_first(own_begin, own_end, atomicExch(&shape.counters->claim[blockIdx.x], 1u));
   // The second layer's stages: pass by pass this block's part of the depth.
   const int row_begin = has_rows ? part_begin(second, set) : 0, row_end = has_rows ? part_begin(second, set + 1) : 0;
-  int depth_begin = part * second.sum_chunks, depth_end = min(depth_begin + second.sum_chunks, second.chunks);
+  const int depth_begin = part * second.sum_chunks, depth_end = min(depth_begin + second.sum_chunks, second.chunks);
   struct Cursor {
     int group, stage;
   };
@@ -374,20 +335,6 @@ __device__ __forceinline__ void produce(const Shape &shape, const HopperPlan &pl
       shape.counters->claim[i] = 0u;
     shape.counters->arrived = 0u;
   }
-  if (plan.tagged && has_rows && part == plan.parts - 1)
-    for (unsigned parity = 0;; parity ^= 1) {
-      barrier_wait(missing.barrier, parity);
-      const int missing_part = atomicAdd(missing.part, 0);
-      if (missing_part < 0)
-        return;
-      depth_begin = missing_part * second.sum_chunks;
-      depth_end = min(depth_begin + second.sum_chunks, second.chunks);
-      Cursor at = {row_begin, 0};
-      for (int i = 0; i < stages_in_all; ++i, advance(at), ring.next()) {
-        ask_weights(at);
-        ask_tokens(at);
-      }
-    }
 }
 
 #endif // FUSED_MLP_HOPPER
@@ -399,13 +346,11 @@ __global__ void __launch_bounds__(THREADS, 1)
 #ifdef FUSED_MLP_HOPPER
   constexpr int SUMS = NT / 2;
   constexpr bool IS_F32 = std::is_same_v<T, float>;
-  constexpr bool CAN_TAG = can_tag(IS_F32, NT);
   extern __shared__ __align__(SWIZZLE_ALIGN) unsigned char shared[];
   __shared__ Stage stages[MAX_SLOTS];
-  __shared__ __align__(8) unsigned long long full_barriers[MAX_SLOTS], empty_barriers[MAX_SLOTS], missing_barrier;
-  __shared__ int missing_part;
+  __shared__ __align__(8) unsigned long long full_barriers[MAX_SLOTS], empty_barriers[MAX_SLOTS];
   const unsigned ring = shared_address(shared), full = shared_address(full_barriers),
-                 empty = shared_address(empty_barriers), missing = shared_address(&missing_barrier);
+                 empty = shared_address(empty_barriers);
   const LayerPlan &first = plan.first;
   const LayerPlan &second = plan.second;
   const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31;
@@ -415,14 +360,13 @@ __global__ void __launch_bounds__(THREADS, 1)
       barrier_init(full + 8 * slot, 1);
       barrier_init(empty + 8 * slot, CONSUMERS / 32);
     }
-    barrier_init(missing, 1);
     publish_barriers();
   }
   __syncthreads();
   if (warp == CONSUMERS / 32) {
     // The first round of the ring finds its slots empty.
     if (lane == 0)
-      produce<NT>(shape, plan, maps, stages, {&missing_part, missing}, {ring, full, empty, plan.slots, plan.slot_bytes, 0, 1});
+      produce<NT>(shape, plan, maps, stages, {ring, full, empty, plan.slots, plan.slot_bytes, 0, 1});
     return;
   }
 
@@ -439,7 +383,6 @@ __global__ void __launch_bounds__(THREADS, 1)
   // in memory until they are added: whatever makes a number of them would wait for them.
   T bias[2] = {};
   wait_for_previous_kernel();
-  const unsigned launch = plan.tagged ? load_relaxed(&shape.counters->launch[blockIdx.x]) + 1 : 0;
 
   const long long block_sums = static_cast<long long>(second.passes) * WARPGROUPS * (SUMS / 4) * 128;
   float4 *const partial_sums = reinterpret_cast<float4 *>(shape.partial) + blockIdx.x * block_sums + thread;
@@ -447,15 +390,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   const bool first_shared = first.pass_groups <= TILE_GROUPS, second_shared = second.pass_groups <= TILE_GROUPS;
   // Few enough gate and up rows are one tile.
   const bool packed = shape.gated && 2 * first.pass_groups <= TILE_GROUPS;
-  const int set = blockIdx.x / plan.parts, last_part = plan.parts - 1;
-  const bool adds_tagged = plan.tagged && set < plan.sets && blockIdx.x - set * plan.parts == last_part;
-  // A part's tagged sums, and those of a thread's sums that are any token's.
-  auto tagged_sums = [&](int part) {
-    return shape.tagged + (((set * plan.parts + part) * WARPGROUPS + warpgroup) * SUMS * 128ll + 2 * thread);
-  };
-  auto is_token = [&](int i) { return 8 * (i >> 2) + token < shape.tokens; };
-  [[maybe_unused]] float own[SUMS]; // of the block that adds the tagged ones
-  int part = blockIdx.x - set * plan.parts; // whose sums are made
+  const int set = blockIdx.x / plan.parts;
   // The biases of a thread's down rows in a tile that begins with row `first_row`.
   auto ask_bias_down = [&](int first_row, int end) {
 #pragma unroll
@@ -473,7 +408,6 @@ __global__ void __launch_bounds__(THREADS, 1)
   };
   int slot = 0, pass = 0;
   unsigned parity = 0;
-[[maybe_unused]] one_more_part:
   for (;;) {
     barrier_wait(full + 8 * slot, parity);
     const Stage stage = stages[slot].uniform();
@@ -641,16 +575,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       if (!chunks_shared || warpgroup == 0) {
         float4 *const to = partial_sums + (pass * WARPGROUPS + warpgroup) * (SUMS / 4) * 128;
         auto sum = [&](int i) { return sum_of(0, i) + (chunks_shared ? odd[i * 128] : sum_of(1, i)); };
-        if (CAN_TAG && plan.tagged) {
-#pragma unroll
-          for (int i = 0; i < SUMS; i += 2)
-            if (adds_tagged && part == last_part) {
-              own[i] = sum(i);
-              own[i + 1] = sum(i + 1);
-            } else if (is_token(i)) {
-              store_sums(tagged_sums(part) + i * 128, sum(i), sum(i + 1), launch);
-            }
-        } else if (plan.parts > 1) {
+        if (plan.parts > 1) {
 #pragma unroll
           for (int i = 0; i < SUMS; i += 4)
             to[i / 4 * 128] = make_float4(sum(i), sum(i + 1), sum(i + 2), sum(i + 3));
@@ -670,66 +595,6 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (stage.flags & LAST)
       break;
   }
-  if (plan.tagged && threadIdx.x == 0)
-    shape.counters->launch[blockIdx.x] = launch;
-  if constexpr (CAN_TAG)
-    if (plan.tagged) {
-      if (!adds_tagged)
-        return;
-      // The last part's block adds the others' sums as soon as they have come. If they are long in coming it makes them itself,
-      // part by part: the same bits as the block whose they are, which may have stored them or may still.
-      constexpr int PAIRS = SUMS / 2;
-      const bool has_sums = !(second_shared && warpgroup == 1);
-      const int begin = part_begin(second, set) * GROUP, end = min(part_begin(second, set + 1) * GROUP, second.rows);
-      const int row_tile = second_shared ? 0 : warpgroup * TILE_ROWS;
-      ulonglong2 sums[MOST_PARTS - 1][PAIRS];
-      unsigned waits = 0; // a bit for each pair that has not come
-#pragma unroll
-      for (int s = 0; s < MOST_PARTS - 1; ++s)
-#pragma unroll
-        for (int i = 0; i < PAIRS; ++i)
-          waits |= has_sums && s < last_part && is_token(2 * i) ? 1u << (s * PAIRS + i) : 0u;
-      const long long since = clock64();
-      do {
-#pragma unroll
-        for (int s = 0; s < MOST_PARTS - 1; ++s)
-#pragma unroll
-          for (int i = 0; i < PAIRS; ++i)
-            if (waits >> (s * PAIRS + i) & 1)
-              sums[s][i] = load_sums(tagged_sums(s) + 2 * i * 128);
-#pragma unroll
-        for (int s = 0; s < MOST_PARTS - 1; ++s)
-#pragma unroll
-          for (int i = 0; i < PAIRS; ++i)
-            if ((waits >> (s * PAIRS + i) & 1) && are_of(sums[s][i], launch))
-              waits &= ~(1u << (s * PAIRS + i));
-      } while (waits && clock64() - since <= PATIENCE);
-      part = -1;
-      if (any_consumer(waits != 0))
-        for (int s = 0; s < last_part && part < 0; ++s)
-          if (any_consumer(waits >> (s * PAIRS) & ((1u << PAIRS) - 1)))
-            part = s;
-      if (threadIdx.x == 0) {
-        atomicExch(&missing_part, part);
-        barrier_arrive(missing);
-      }
-      if (part >= 0) {
-        consumers_meet(); // what they exchange through shared memory has been read
-        goto one_more_part;
-      }
-      if (has_sums)
-#pragma unroll
-        for (int i = 0; i < SUMS; ++i) {
-          auto sum_of_part = [&](int s) { return sum_in(i & 1 ? sums[s][i / 2].y : sums[s][i / 2].x); };
-          float sum = sum_of_part(0);
-#pragma unroll
-          for (int s = 1; s < MOST_PARTS - 1; ++s)
-            if (s < last_part)
-              sum += sum_of_part(s);
-          write(i, begin + row_tile, end, sum + own[i]);
-        }
-      return;
-    }
   if (plan.parts == 1 || set >= plan.sets || (second_shared && warpgroup == 1))
     return;
 
@@ -904,7 +769,6 @@ int launch_decode_hopper(const Shape &shape, int dtype, const DeviceFacts &devic
     plan.slots = stages;
   if (plan.slots < 2)
     return FUSED_MLP_UNSUPPORTED;
-  plan.tagged = can_tag(is_f32, token_rows) && plan.parts > 1 && plan.second.passes == 1;
   plan.prefetched_stages = plan.first.sum_stages < PREFETCHED_STAGES ? plan.first.sum_stages : PREFETCHED_STAGES;
 
   Maps maps;

@@ -92,7 +92,6 @@ __device__ __forceinline__ void prefetch_chunks(const CUtensorMap *map, int row,
   asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(0), "r"(row), "r"(chunk)
                : "memory");
 }
-
 // Between ordinary stores to global memory and copies out of it.
 __device__ __forceinline__ void fence_global_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
