@@ -2,7 +2,7 @@
 
 mod common;
 
-use candle_core::{test_device, DType, Device, Error, Result, Tensor};
+use candle_core::{test_device, DType, Device, Result, Tensor};
 use candle_fused_mlp::ops::{fused_mlp, fused_swiglu};
 use candle_fused_mlp::{reference, Activation, GateUp, PackedOrder};
 use candle_nn::Linear;
@@ -136,18 +136,19 @@ fn not_finite_where_candle_is_not(device: &Device) -> Result<()> {
                         });
                         // In 16 bits candle rounds after every op, to zero and to infinity too.
                         let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
-                        let there = |tensor: &Tensor| tensor.to_dtype(wide)?.to_device(&Device::Cpu);
-                        let host = |linear: &Linear| {
-                            Ok::<_, Error>(Linear::new(there(linear.weight())?, linear.bias().map(there).transpose()?))
-                        };
-                        let (wide_xs, wide_gate, wide_down) = (there(&xs)?, host(&gate)?, host(&down)?);
-                        let wide_gate_up = GateUp::Separate { gate: wide_gate.clone(), up: host(&up)? };
+                        let (host_xs, host_down) = (xs.to_device(&Device::Cpu)?, host(&down)?);
+                        let gate_up = GateUp::Separate { gate: gate.clone(), up };
+                        let (wide_xs, wide_down) = (host_xs.to_dtype(wide)?, cast(&host_down, wide)?);
                         let expected = [
-                            reference::mlp(&wide_xs, &wide_gate, &wide_down, activation)?,
-                            reference::swiglu(&wide_xs, &wide_gate_up, &wide_down, activation)?,
+                            reference::mlp(&wide_xs, &cast(&host(&gate)?, wide)?, &wide_down, activation)?,
+                            reference::swiglu(
+                                &wide_xs,
+                                &cast_gate_up(&host_gate_up(&gate_up)?, wide)?,
+                                &wide_down,
+                                activation,
+                            )?,
                         ]
                         .map(|expected| values(&expected).unwrap());
-                        let gate_up = GateUp::Separate { gate: gate.clone(), up };
                         for tier in tiers(device) {
                             let found = tier.with(|| {
                                 let plain = fused_mlp(&xs, &gate, &down, activation)?;

@@ -54,19 +54,6 @@ template <typename T> std::vector<Variant> all_variants(bool ampere) {
   return std::vector<Variant>(v, v + count);
 }
 
-// The activations that the kernels have, as in gemm.cu.
-bool finish_of(Activation activation, Finish *finish, float *slope) {
-  *slope = activation == Activation::QuickGelu ? 1.702f : 1.f;
-  switch (activation) {
-  case Activation::Silu:
-  case Activation::QuickGelu: *finish = Finish::Swish; return true;
-  case Activation::Gelu: *finish = Finish::Gelu; return true;
-  case Activation::GeluTanh: *finish = Finish::GeluTanh; return true;
-  case Activation::Relu: *finish = Finish::Relu; return true;
-  default: return false;
-  }
-}
-
 std::string name_of(const Variant &v) {
   char text[64];
   std::snprintf(text, sizeof text, "%s %dx%d%s%s%s%s%s", v.gated ? "gated" : "plain", v.rows, v.weights,
@@ -193,7 +180,7 @@ template <typename T> int check(bool quick, bool ampere) {
       o.out_stride = size.columns + (s == 2 ? 8 : 0);
       o.dtype = DTYPE<T>;
       const bool none = !v.gated && s % 2 == 1;
-      if (!finish_of(activation, &o.finish, &o.slope))
+      if (!finish_of(static_cast<int>(activation), &o.finish, &o.slope))
         return 1;
       if (none)
         o.finish = Finish::None;
