@@ -7,8 +7,8 @@
 
 #[path = "support/layers.rs"]
 mod layers;
-#[path = "support/table.rs"]
-mod table;
+#[path = "support/mod.rs"]
+mod support;
 
 use candle_core::{DType, Device, Result, Tensor};
 use clap::Parser;
@@ -138,6 +138,6 @@ fn main() -> Result<()> {
     println!("{} rows, {slower} below 0.97 of candle's speed, in {:.0} s\n", rows.len(), start.elapsed().as_secs_f64());
     let shown = if arguments.all_rows { rows.len() } else { WORST.min(rows.len()) };
     let cells: Vec<_> = rows[..shown].iter().map(Row::cells).collect();
-    print!("{}", table::markdown(1, &["MLP", "tokens", "candle, us", "fused, us", "candle / fused"], &cells));
+    print!("{}", support::table::markdown(1, &["MLP", "tokens", "candle, us", "fused, us", "candle / fused"], &cells));
     Ok(())
 }

@@ -1,7 +1,8 @@
-//! A GPU: its name and second-level cache, the speed at which it reads memory, and the peak of its memory while a path runs.
+//! A GPU: its name and second-level cache, the speed at which it reads memory, the peak of its memory while a path runs, and
+//! what runs as a CUDA graph.
 
 use super::machine::Memory;
-use candle_core::cuda_backend::cudarc::driver::{sys, CudaSlice, DevicePtr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::cudarc::driver::{sys, CudaGraph, CudaSlice, DevicePtr, LaunchConfig, PushKernelArg};
 use candle_core::{bail, CudaDevice, Device, Error, Result, Storage, Tensor};
 use std::time::Instant;
 
@@ -130,4 +131,30 @@ impl Memory for Reader {
     fn pass(&self) -> Result<()> {
         self.read(self.blocks)
     }
+}
+
+/// The graph of what `run` launches, on a device without candle's events between streams, which cannot be captured.
+///
+/// # Errors
+/// Those of `run`, the driver's, and where nothing was launched.
+pub fn capture<E: From<Error>>(
+    device: &Device,
+    run: &mut dyn FnMut() -> std::result::Result<(), E>,
+) -> std::result::Result<CudaGraph, E> {
+    const MODE: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    const AUTO_FREE: sys::CUgraphInstantiate_flags =
+        sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let cuda = device.as_cuda_device()?;
+    let stream = cuda.cuda_stream();
+    // Shapes and strides that ops upload stay where they are while this lives, to be found by the captured ops. The first run
+    // uploads them, loads the kernels and makes what libraries keep for their next call.
+    let _uploads = cuda.enable_cuda_graph_htod_cache();
+    run()?;
+    device.synchronize()?;
+    stream.begin_capture(MODE).map_err(Error::wrap)?;
+    let captured = run();
+    // A capture has to be ended, whatever came of it, and what it ran into says more than that it cannot be ended well.
+    let graph = stream.end_capture(AUTO_FREE).map_err(Error::wrap);
+    captured?;
+    Ok(graph?.ok_or_else(|| Error::msg("nothing was launched"))?)
 }

@@ -1,8 +1,7 @@
 //! Layers on a GPU, the ways to run them, and their times beside each other.
 #![allow(dead_code)] // each program uses a part of it
 
-use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use candle_core::cuda_backend::cudarc::driver::CudaGraph;
+use crate::support::gpu::capture;
 use candle_core::{DType, Device, Error, Result, Tensor};
 use candle_fused_mlp::cuda::Kernel;
 use candle_fused_mlp::ops::{fused_mlp, fused_swiglu};
@@ -127,23 +126,6 @@ pub enum Clock {
 const QUEUE: usize = 512;
 const ENTRIES: usize = 16;
 
-/// A graph of what `run` launches on a device without candle's events, which cannot be captured.
-fn captured(device: &Device, run: impl Fn() -> Result<()>) -> Result<CudaGraph> {
-    const AUTO_FREE: CUgraphInstantiate_flags =
-        CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-    let cuda = device.as_cuda_device()?;
-    let stream = cuda.cuda_stream();
-    // What candle's ops upload stays in place from the first run on.
-    let _uploads = cuda.enable_cuda_graph_htod_cache();
-    run()?;
-    device.synchronize()?;
-    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(Error::wrap)?;
-    let ran = run();
-    let graph = stream.end_capture(AUTO_FREE).map_err(Error::wrap);
-    ran?;
-    graph?.ok_or_else(|| Error::msg("nothing was launched"))
-}
-
 /// Microseconds of one layer each way, `None` where the kernel does not take it: the ways take turns, each layer reads what the
 /// one before gave, every fourth `first` again, and a number is the median over the turns.
 ///
@@ -179,7 +161,7 @@ pub fn time(layers: &[Layer], first: &Tensor, ways: &[Way], turns: Turns, clock:
         let walk: Walk = match clock {
             Clock::Calls | Clock::Host => Box::new(move || once(way)),
             Clock::Replays => {
-                let graph = captured(device, || once(way))?;
+                let graph = capture(device, &mut || once(way))?;
                 Box::new(move || graph.launch().map_err(Error::wrap))
             }
         };

@@ -3,7 +3,7 @@
 //! | file | what it holds |
 //! |---|---|
 //! | `machine.rs` | the processor or GPU, its largest cache, and the speed at which it reads memory |
-//! | `gpu.rs` | the same of a GPU, and the peak of its memory |
+//! | `gpu.rs` | the same of a GPU, the peak of its memory, and CUDA graphs |
 //! | `timing.rs` | times of several paths, by turns in one process |
 //! | `memory.rs` | the peak of the heap while a path runs |
 //! | `random.rs` | random normal tensors, fast enough for large weights |

@@ -4,10 +4,10 @@
 //! to token is in memory whose place does not change: the id, the position (the graph itself moves it on), the keys and
 //! values. They are [`Llama::step`]'s arguments; what its ops need between them lives in the graph's own memory.
 
+use crate::measuring::gpu::capture;
 use crate::model::{Llama, State, Tables};
 use crate::text::Text;
 use anyhow::{bail, Context, Result};
-use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use candle_core::cuda_backend::cudarc::driver::CudaGraph;
 use candle_core::{DType, Tensor};
 use std::time::Instant;
@@ -47,29 +47,11 @@ impl<'a> Captured<'a> {
             logits.slice_set(&model.step(&id, &at, &tables, &mut state)?, 0, 0)?;
             Ok(at.slice_set(&(&at + &one)?, 0, 0)?)
         };
-        let token = capture(model, &mut step).context("a token's pass cannot be captured in a CUDA graph")?;
+        let token = capture(device, &mut step).context("a token's pass cannot be captured in a CUDA graph")?;
         let mlps =
-            capture(model, &mut || model.all_mlps(&xs)).context("the MLPs cannot be captured in a CUDA graph")?;
+            capture(device, &mut || model.all_mlps(&xs)).context("the MLPs cannot be captured in a CUDA graph")?;
         Ok(Self { token, mlps, model, state, _tables: tables, _xs: xs, _one: one, id, at, logits, position: 0 })
     }
-}
-
-/// The graph of what `run` launches.
-fn capture(model: &Llama, run: &mut dyn FnMut() -> Result<()>) -> Result<CudaGraph> {
-    let device = model.device();
-    let cuda = device.as_cuda_device()?;
-    let stream = cuda.cuda_stream();
-    // Shapes and strides that ops upload stay where they are while this lives, to be found by the captured ops. The first run
-    // uploads them, loads the kernels and makes what libraries keep for their next call.
-    let _uploads = cuda.enable_cuda_graph_htod_cache();
-    run()?;
-    device.synchronize()?;
-    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-    let captured = run();
-    // A capture has to be ended, whatever came of it, and what it ran into says more than that it cannot be ended well.
-    let graph = stream.end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
-    captured?;
-    graph?.context("nothing was launched")
 }
 
 impl Text for Captured<'_> {
