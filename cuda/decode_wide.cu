@@ -224,6 +224,13 @@ template <class R> __device__ __forceinline__ void produce_wide(const WideArgs &
   }
 }
 
+// A stage goes back when all lanes of a warp have read it, its command included.
+__device__ __forceinline__ void give_back(unsigned empty) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0)
+    barrier_arrive(empty);
+}
+
 // A tile's sums over so many stages, and whether the tile is ours.
 template <class K, class R>
 __device__ __forceinline__ bool multiply_wide(R &ring, int stages, unsigned row_bytes, float (&sums)[1][K::SUMS]) {
@@ -236,10 +243,7 @@ __device__ __forceinline__ bool multiply_wide(R &ring, int stages, unsigned row_
     for (int i = 0; i < OWN_SUMS; ++i)
       parts[m][i] = 0.f;
   int before = 0, ours = 0;
-  const auto release = [&] {
-    if (threadIdx.x % 32 == 0)
-      barrier_arrive(ring.empty(before));
-  };
+  const auto release = [&] { give_back(ring.empty(before)); };
   for (int s = 0; s < stages; ++s, ring.next()) {
     barrier_wait(ring.full(ring.slot), ring.parity);
     if (s == stages - 1)
@@ -295,8 +299,7 @@ template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &
     if (command == SECOND || command == END)
       break;
     if (command == SKIP) {
-      if (threadIdx.x % 32 == 0)
-        barrier_arrive(ring.empty(ring.slot));
+      give_back(ring.empty(ring.slot));
       ring.next();
       continue;
     }
