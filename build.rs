@@ -32,6 +32,7 @@ mod cuda {
             "decode_cluster.cu",
             "decode_direct.cu",
             "decode_hopper.cu",
+            "decode_hopper_f32.cu",
             "decode_portable.cu",
             "decode_resident.cu",
             "decode_wide.cu",

@@ -120,7 +120,7 @@ int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path,
   const bool apart = (args.tokens <= 1 || args.x_stride >= args.hidden_size) && args.gate_stride >= args.hidden_size &&
                      (!args.gated || args.up_stride >= args.hidden_size) && args.down_stride >= args.intermediate_size;
   const bool can_hopper =
-      can_depend && apart && can_decode_hopper(device, args.dtype, args.tokens, args.hidden_size, args.intermediate_size);
+      can_depend && apart && can_decode_hopper(device, args.dtype, args.hidden_size, args.intermediate_size);
   const bool can_resident = can_hopper && can_decode_resident(device, args);
   const bool can_cluster = can_decode_cluster(device, args);
   int wide_tokens = 0;
@@ -130,7 +130,8 @@ int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path,
     if (status != FUSED_MLP_OK)
       return status;
   }
-  const int best = can_resident ? FUSED_MLP_PATH_RESIDENT
+  const bool resident_is_best = args.path != FUSED_MLP_PATH_AUTO || decode_resident_is_chosen(args);
+  const int best = can_resident && resident_is_best ? FUSED_MLP_PATH_RESIDENT
                    : can_hopper ? FUSED_MLP_PATH_HOPPER
                    : can_depend ? FUSED_MLP_PATH_DIRECT_PDL
                    : can_direct ? FUSED_MLP_PATH_DIRECT

@@ -39,9 +39,9 @@ int compiled_architecture(int *compute_capability);
 // Most f32 values of `partial` that a call can need.
 unsigned long long decode_direct_partial_elements(int output_size);
 
-// 1 to 64 tokens of bf16 or f16, or 1 to 32 of f32, on sm_90a; every row and x must lie on 16 bytes, and sizes be what
-// can_decode_hopper takes.
-bool can_decode_hopper(const DeviceFacts &device, int dtype, int tokens, int hidden_size, int intermediate_size);
+// 1 to 64 tokens of bf16, f16 or f32 on sm_90a; every row and x must lie on 16 bytes, and sizes be what can_decode_hopper
+// takes.
+bool can_decode_hopper(const DeviceFacts &device, int dtype, int hidden_size, int intermediate_size);
 int launch_decode_hopper(const Shape &shape, int dtype, const DeviceFacts &device, cudaStream_t stream);
 // Raises the kernels' shared-memory limit on the current device, and says whether they are there; once per device.
 int prepare_decode_hopper(DeviceFacts &device);
@@ -50,6 +50,8 @@ unsigned long long decode_hopper_partial_elements(int output_size);
 // 1 to RESIDENT_TOKENS tokens of bf16 or f16 on sm_90a, of sizes whose weights fit in the blocks' shared memory; every row
 // and x must lie on 16 bytes.
 bool can_decode_resident(const DeviceFacts &device, const FusedMlpArgs &args);
+// Whether AUTO takes it: where it is faster than launch_decode_hopper, whose bits are the same.
+bool decode_resident_is_chosen(const FusedMlpArgs &args);
 int launch_decode_resident(const Shape &shape, int dtype, const DeviceFacts &device, cudaStream_t stream);
 // Raises the kernels' shared-memory limit on the current device, where prepare_decode_hopper found them; once per device.
 int prepare_decode_resident(const DeviceFacts &device);

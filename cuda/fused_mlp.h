@@ -22,7 +22,7 @@ enum FusedMlpPath {
   FUSED_MLP_PATH_PORTABLE = 1,  // any alignment, any type, sm_75 up
   FUSED_MLP_PATH_DIRECT = 2,    // as sm_80 runs it: no programmatic dependent launch
   FUSED_MLP_PATH_DIRECT_PDL = 3, // as sm_90 runs it
-  FUSED_MLP_PATH_HOPPER = 4,     // sm_90a, bf16 and f16, and f32 up to 32 tokens: tensor copies and warpgroup products
+  FUSED_MLP_PATH_HOPPER = 4,     // sm_90a, bf16, f16 and f32: tensor copies and tensor cores
   FUSED_MLP_PATH_RESIDENT = 5,   // bf16 and f16: few tokens of small models, whose weights fit in shared memory at once
   FUSED_MLP_PATH_CLUSTER = 6,    // sm_90 up, any alignment, any type: models so small that one cluster of blocks is enough
   FUSED_MLP_PATH_GEMM_AMPERE = 7, // of fused_mlp_gemm alone: bf16 and f16, as sm_80 to sm_89 run it; AUTO there is for sm_90a

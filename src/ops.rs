@@ -5,7 +5,8 @@
 //! [`candle_nn::Linear`], contiguous or with any other strides; x has any rank from 1 on, with any strides.
 //!
 //! Sums are kept in f32 (f64 for f64), and each layer rounds once, at its end: the hidden layer after activation and
-//! product, the output after its bias. The backward pass recomputes the hidden layer instead of storing it.
+//! product, the output after its bias. (Where candle's products run on a GPU, see `cuda::Kernel::Matmul`, those round by themselves,
+//! before biases.) The backward pass recomputes the hidden layer instead of storing it.
 //!
 //! NaN and infinity come out where candle's own ops have them, in x or in a parameter, but for two cases, both for want
 //! of a rounding: in f16 and bf16 candle rounds after every op, so that what overflows or vanishes between the layers

@@ -50,7 +50,6 @@ fn kernels(dtype: DType, (hidden, intermediate): (usize, usize)) -> Vec<Kernel> 
 fn most_tokens(kernel: Kernel, dtype: DType) -> usize {
     match (kernel, dtype) {
         (Kernel::DecodeResident, _) => 8,
-        (Kernel::DecodeHopper, DType::F32) => 32,
         _ => usize::MAX,
     }
 }

@@ -5,7 +5,7 @@
 //   harness check [quick|wide]   against an f64 reference, poisoned outputs, determinism, row invariance
 //   harness stress N        N launches on two streams and two threads beside a foreign kernel, outputs compared
 //   harness held            launches while a foreign kernel holds 1, 60 or 131 multiprocessors (100 where clusters need some)
-//   harness select [wide]   a small selection for compute-sanitizer
+//   harness select [PATH]   a small selection for compute-sanitizer, of one path or of all
 //   harness soak SECONDS    random shapes against f64, each run twice
 //   harness graph N         capture once, replay N times
 //   harness time [DTYPE [TOKENS...]]   a cold stack of layers, on a stream and in a graph; the read bandwidth first
@@ -297,7 +297,7 @@ void check_case(const Case &c, unsigned seed, bool again = true) {
 // Rows of a call with as many as the kernel takes against calls with fewer of them, at several first rows.
 void check_rows(Case c, unsigned seed) {
   const bool wide = c.path == FUSED_MLP_PATH_WIDE;
-  const int most = c.dtype == FUSED_MLP_F32 && c.path == FUSED_MLP_PATH_AUTO ? 32 : wide ? c.tokens : 64;
+  const int most = wide ? c.tokens : 64;
   c.tokens = most;
   Problem p(c, seed);
   CUDA_OK(cudaMemset(p.args.out, 0xff, p.out_bytes()));
@@ -504,39 +504,36 @@ int run_held() {
   return bad != 0;
 }
 
-// Few and small: for compute-sanitizer.
-void select_wide() {
+// Few and small: for compute-sanitizer. Of one path, by its name, or of all.
+const char *const PATH_NAMES[] = {"auto", "portable", "direct", "dependent", "hopper", "resident", "cluster", "gemm-ampere", "wide"};
+
+int run_select(const std::string &name) {
   unsigned seed = 800;
+  const auto select = [&](const Case &c) {
+    if (name.empty() || name == PATH_NAMES[c.path])
+      check_case(c, seed, false);
+    ++seed;
+  };
   for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16})
     for (int t : {9, 64, 100})
-      check_case({dtype, dtype == FUSED_MLP_BF16, 256, 704, 136, t, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false}, seed++,
-                 false);
-}
-void select_others() {
-  unsigned seed = 900;
+      select({dtype, dtype == FUSED_MLP_BF16, 256, 704, 136, t, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false});
   for (int dtype = 0; dtype < 4; ++dtype)
     for (int t : {1, 9, 20, 64})
       for (int path : {FUSED_MLP_PATH_AUTO, FUSED_MLP_PATH_PORTABLE})
-        check_case({dtype, int(seed & 1), 264, 600, 136, t, 6, 0.f, int(seed % 8), 0, 0, path, false}, seed++, false);
+        select({dtype, int(seed & 1), 264, 600, 136, t, 6, 0.f, int(seed % 8), 0, 0, path, false});
   for (int dtype = 0; dtype < 4; ++dtype)
     for (int t : {1, 6, 64})
-      check_case({dtype, t != 6, 65, 171, 63, t, 6, 0.f, 7, 1, 1, FUSED_MLP_PATH_CLUSTER, false}, seed++, false);
+      select({dtype, t != 6, 65, 171, 63, t, 6, 0.f, 7, 1, 1, FUSED_MLP_PATH_CLUSTER, false});
   for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16, FUSED_MLP_F32})
-    for (int t : {1, 9, 20, dtype == FUSED_MLP_F32 ? 5 : 64})
-      check_case({dtype, dtype == FUSED_MLP_BF16, 256, 704, 136, t, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_HOPPER, false}, seed++,
-                 false);
+    for (int t : {1, 9, 20, 64})
+      select({dtype, dtype == FUSED_MLP_BF16, 256, 704, 136, t, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_HOPPER, false});
   for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16})
     for (int t : {1, 8})
       for (int gated : {0, 1})
-        check_case({dtype, gated, 256, 1024, 136, t, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_RESIDENT, t == 8}, seed++, false);
-  check_case({FUSED_MLP_BF16, 1, 33, 65, 129, 5, 6, 0.f, 7, 1, 1, 0, true}, seed++, false);
-}
-int run_select(bool only_wide) {
-  select_wide();
-  if (!only_wide)
-    select_others();
+        select({dtype, gated, 256, 1024, 136, t, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_RESIDENT, t == 8});
+  select({FUSED_MLP_BF16, 1, 33, 65, 129, 5, 6, 0.f, 7, 1, 1, 0, true});
   std::printf("select: %d checks, %d failures\n", checks, failures);
-  return failures != 0;
+  return failures != 0 || checks == 0;
 }
 
 int run_soak(int seconds) {
@@ -882,7 +879,7 @@ int main(int argc, char **argv) {
   if (mode == "held")
     return run_held();
   if (mode == "select")
-    return run_select(argc > 2 && std::string(argv[2]) == "wide");
+    return run_select(argc > 2 ? argv[2] : "");
   if (mode == "soak")
     return run_soak(argc > 2 ? std::atoi(argv[2]) : 60);
   if (mode == "graph")
@@ -895,7 +892,7 @@ int main(int argc, char **argv) {
   }
   if (mode == "host")
     return run_host();
-  std::printf("usage: harness check [quick|wide] | stress N | held | select [wide] | soak SECONDS | graph N | "
+  std::printf("usage: harness check [quick|wide] | stress N | held | select [PATH] | soak SECONDS | graph N | "
               "time [DTYPE [TOKENS...]] | host\n");
   return 1;
 }

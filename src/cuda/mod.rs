@@ -42,8 +42,8 @@ pub enum Kernel {
     /// [`DecodeHopper`](Self::DecodeHopper), but a row would have other bits there than alone, so it runs only where
     /// [`with`](Self::with) asks for it.
     DecodeWide,
-    /// Both layers in one launch, weights by tensor copies to the tensor cores; on sm_90, for bf16 and f16 (and f32 up to 32
-    /// tokens) where all rows lie on 16 bytes and are whole pieces of 128 bytes.
+    /// Both layers in one launch, weights by tensor copies to the tensor cores; on sm_90, for bf16, f16 and f32 where all rows
+    /// lie on 16 bytes and are whole pieces of 128 bytes. In f32 each product is three of parts of 11 bits, as accurate as f32's own.
     DecodeHopper,
     /// As [`Decode`](Self::Decode), in a launch that overlaps with the ones before and after it; from sm_90 on.
     DecodeDependent,
@@ -59,7 +59,8 @@ pub enum Kernel {
     /// A launch for each layer on the tensor cores of any GPU from sm_80 on; for bf16 and f16 where all rows lie on 16 bytes,
     /// with the activations of [`Gemm`](Self::Gemm), which is faster on sm_90. It was measured on an H100 only.
     GemmAmpere,
-    /// candle's products, and one launch for all that is between them.
+    /// candle's products, and one launch for all that is between them. In f16 and bf16 a product is rounded before its bias is
+    /// added, as in candle's own ops; the other kernels round once a layer.
     Matmul,
 }
 
