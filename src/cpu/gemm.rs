@@ -312,18 +312,26 @@ impl<'a, K: Compiled> Gemm<'a, K> {
         }
         for tile in self.tiles(tokens) {
             let sums = sums.add(tile.first * PANEL);
-            for t in (0..tile.width).step_by(K::LANES) {
-                let mut rounded = [[K::Element::default(); MAX_LANES]; PANEL];
-                for r in 0..rows.len() {
-                    let sums = std::slice::from_raw_parts_mut(sums.add(r * tile.width + t), K::LANES);
-                    add_bias(sums, down, rows.start + r);
-                    K::round(rounded[r].as_mut_ptr(), K::load_sums(sums.as_ptr()));
-                }
-                let first = tokens.start + tile.first + t;
-                for (lane, token) in (first..tokens.end.min(first + K::LANES)).enumerate() {
-                    let to = self.out.as_mut_ptr().add(token * out_features + rows.start);
-                    for r in 0..rows.len() {
-                        *to.add(r) = rounded[r][lane];
+            for r in (0..rows.len()).step_by(K::LANES) {
+                let features = K::LANES.min(rows.len() - r);
+                for t in (0..tile.width).step_by(K::LANES) {
+                    let mut lanes = [K::zero(); MAX_LANES];
+                    for i in 0..features {
+                        let sums = std::slice::from_raw_parts_mut(sums.add((r + i) * tile.width + t), K::LANES);
+                        add_bias(sums, down, rows.start + r + i);
+                        lanes[i] = K::load_sums(sums.as_ptr());
+                    }
+                    K::transpose_sums(&mut lanes[..K::LANES]);
+                    let first = tokens.start + tile.first + t;
+                    for (lane, token) in lanes.iter().zip(first..tokens.end.min(first + K::LANES)) {
+                        let to = self.out.as_mut_ptr().add(token * out_features + rows.start + r);
+                        if features == K::LANES {
+                            K::round(to, *lane);
+                        } else {
+                            let mut rounded = [K::Element::default(); MAX_LANES];
+                            K::round(rounded.as_mut_ptr(), *lane);
+                            std::ptr::copy_nonoverlapping(rounded.as_ptr(), to, features);
+                        }
                     }
                 }
             }
