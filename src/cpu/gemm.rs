@@ -284,23 +284,25 @@ impl<'a, K: Compiled> Gemm<'a, K> {
         for tile in self.tiles(part) {
             let to = self.hidden.as_mut_ptr().add(tile.first * hidden_depth);
             let to = to.add((rows.start - block.start) / K::DEPTH * tile.width);
+            // All rows at once: an activation's constants, and what its values wait for each other, are spread over many.
+            let sums = (tile.first - part.start) * PANEL;
+            let hidden = std::slice::from_raw_parts_mut(gate_sums.add(sums), rows.len() * tile.width);
+            add_bias(hidden, tile.width, gate, rows.start);
+            activation.apply(hidden);
+            if let Some(up) = up {
+                let up_values = std::slice::from_raw_parts_mut(up_sums.add(sums), hidden.len());
+                add_bias(up_values, tile.width, up, rows.start);
+                for (hidden, up) in hidden.iter_mut().zip(up_values) {
+                    *hidden = *hidden * *up;
+                }
+            }
             for row in (0..rows.len()).step_by(K::DEPTH) {
                 // What pads the last pair stays zero: its sums may be NaN, where x is infinite.
                 let mut rounded = [[K::Element::default(); MAX_TILE]; 2];
                 for (r, rounded) in (row..rows.len().min(row + K::DEPTH)).zip(&mut rounded) {
-                    let at = (tile.first - part.start) * PANEL + r * tile.width;
-                    let hidden = std::slice::from_raw_parts_mut(gate_sums.add(at), tile.width);
-                    add_bias(hidden, gate, rows.start + r);
-                    activation.apply(hidden);
-                    if let Some(up) = up {
-                        let up_values = std::slice::from_raw_parts_mut(up_sums.add(at), tile.width);
-                        add_bias(up_values, up, rows.start + r);
-                        for (hidden, up) in hidden.iter_mut().zip(up_values) {
-                            *hidden = *hidden * *up;
-                        }
-                    }
                     for t in (0..tile.width).step_by(K::LANES) {
-                        K::round(rounded.as_mut_ptr().add(t), K::load_sums(hidden.as_ptr().add(t)));
+                        let sums = K::load_sums(hidden.as_ptr().add(r * tile.width + t));
+                        K::round(rounded.as_mut_ptr().add(t), sums);
                     }
                 }
                 let to = to.add(row / K::DEPTH * tile.width);
@@ -340,7 +342,7 @@ impl<'a, K: Compiled> Gemm<'a, K> {
                     let mut lanes = [K::zero(); MAX_LANES];
                     for i in 0..features {
                         let sums = std::slice::from_raw_parts_mut(sums.add((r + i) * tile.width + t), K::LANES);
-                        add_bias(sums, down, rows.start + r + i);
+                        add_bias(sums, K::LANES, down, rows.start + r + i);
                         lanes[i] = K::load_sums(sums.as_ptr());
                     }
                     K::transpose_sums(&mut lanes[..K::LANES]);
@@ -375,13 +377,15 @@ fn blocks(depth: usize) -> impl Iterator<Item = Range<usize>> {
     (0..depth.max(1)).step_by(DEPTH_BLOCK).map(move |d| d..depth.min(d + DEPTH_BLOCK))
 }
 
-/// Adds a feature's bias to its sums.
+/// Adds features' biases, from this one's on, to their sums, of which each has so many.
 #[inline(always)]
-fn add_bias<E: Element>(sums: &mut [E::Sum], projection: &Projection<Matrix<E>>, feature: usize) {
+fn add_bias<E: Element>(sums: &mut [E::Sum], width: usize, projection: &Projection<Matrix<E>>, first: usize) {
     if let Some(bias) = &projection.bias {
-        let bias = bias.get(0, feature).widen();
-        for sum in sums {
-            *sum = *sum + bias;
+        for (r, sums) in sums.chunks_exact_mut(width).enumerate() {
+            let bias = bias.get(0, first + r).widen();
+            for sum in sums {
+                *sum = *sum + bias;
+            }
         }
     }
 }
