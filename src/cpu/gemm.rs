@@ -25,8 +25,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Tokens in a block: enough that reading the weights again for the next block costs little beside the products.
 const TOKEN_BLOCK: usize = 512;
-/// Tokens that a task multiplies a panel of weights with: few enough that two or three parts stay in the second cache, and that threads
-/// which differ in speed end a phase together.
+/// Tokens that a task multiplies a panel of weights with, a multiple of every tile's: few enough that two or three parts stay in the
+/// second cache, and that threads which differ in speed end a phase together.
 const PART: usize = 128;
 /// Bytes of a block of the hidden layer, at most (unless more threads than its panels ask for more).
 const HIDDEN_BYTES: usize = 2 << 20;
@@ -105,6 +105,7 @@ impl<'a, K: Compiled> Gemm<'a, K> {
     /// # Errors
     /// No memory for the buffers.
     pub(crate) fn new(problem: &'a Problem<'a, K::Element>, out: &'a mut [K::Element], threads: usize) -> Result<Self> {
+        const { assert!(PART % (K::ROWS.len() * K::LANES) == 0, "a part ends where a tile does") };
         let tokens = problem.xs.rows;
         let block_tokens = tokens.div_ceil(passes(tokens)).next_multiple_of(K::LANES);
         // As many panels as the cache holds, at least two for each thread; then blocks of even size that begin where
@@ -377,7 +378,7 @@ fn blocks(depth: usize) -> impl Iterator<Item = Range<usize>> {
     (0..depth.max(1)).step_by(DEPTH_BLOCK).map(move |d| d..depth.min(d + DEPTH_BLOCK))
 }
 
-/// Adds features' biases, from this one's on, to their sums, of which each has so many.
+/// Adds the biases of features, from this one on, to their sums: so many, side by side, of each.
 #[inline(always)]
 fn add_bias<E: Element>(sums: &mut [E::Sum], width: usize, projection: &Projection<Matrix<E>>, first: usize) {
     if let Some(bias) = &projection.bias {
