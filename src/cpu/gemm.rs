@@ -105,7 +105,7 @@ impl<'a, K: Compiled> Gemm<'a, K> {
     /// # Errors
     /// No memory for the buffers.
     pub(crate) fn new(problem: &'a Problem<'a, K::Element>, out: &'a mut [K::Element], threads: usize) -> Result<Self> {
-        const { assert!(PART % (K::ROWS.len() * K::LANES) == 0, "a part ends where a tile does") };
+        const { assert!(PART.is_multiple_of(K::ROWS.len() * K::LANES), "a part ends where a tile does") };
         let tokens = problem.xs.rows;
         let block_tokens = tokens.div_ceil(passes(tokens)).next_multiple_of(K::LANES);
         // As many panels as the cache holds, at least two for each thread; then blocks of even size that begin where
