@@ -154,6 +154,10 @@ unsafe impl Kernel for Avx512Bf16 {
         transpose_16(std::slice::from_raw_parts_mut(rows.as_mut_ptr().cast(), rows.len()))
     }
     #[inline(always)]
+    unsafe fn transpose_sums(rows: &mut [__m512]) {
+        transpose_16(rows)
+    }
+    #[inline(always)]
     unsafe fn round(to: *mut bf16, sums: __m512) {
         _mm256_storeu_si256(to.cast(), std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(sums)))
     }

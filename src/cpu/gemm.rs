@@ -25,6 +25,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Tokens in a block: enough that reading the weights again for the next block costs little beside the products.
 const TOKEN_BLOCK: usize = 512;
+/// Tokens that a task multiplies a panel of weights with, a multiple of every tile's: few enough that two or three parts stay in the
+/// second cache, and that threads which differ in speed end a phase together.
+const PART: usize = 128;
 /// Bytes of a block of the hidden layer, at most (unless more threads than its panels ask for more).
 const HIDDEN_BYTES: usize = 2 << 20;
 /// Operands of the summed dimension that are summed at a time: a multiple of the lanes.
@@ -63,9 +66,9 @@ pub(crate) struct Gemm<'a, K: Kernel> {
 enum Phase {
     /// Transpose x, a vector of tokens a task.
     Copy { tokens: Range<usize> },
-    /// A panel of the hidden layer a task.
+    /// A panel of the hidden layer for a part of the tokens a task.
     Hidden { tokens: Range<usize>, block: Range<usize> },
-    /// A panel of the output a task.
+    /// A panel of the output for a part of the tokens a task.
     Out { tokens: Range<usize>, block: Range<usize> },
 }
 
@@ -75,6 +78,16 @@ struct Scratch<K: Kernel> {
     weights: Buffer<K::Operand>,
     /// The gate's and up's sums: twice tiles of `[PANEL, tokens]`.
     sums: Buffer<Sum<K>>,
+}
+
+/// What a task multiplies with each other.
+struct Task {
+    /// Rows of weights.
+    rows: Range<usize>,
+    /// Tokens, counted from the block's first.
+    part: Range<usize>,
+    /// Where the rows begin that this thread will most likely work on after these.
+    later: usize,
 }
 
 /// A tile's place among a block's tokens.
@@ -92,6 +105,7 @@ impl<'a, K: Compiled> Gemm<'a, K> {
     /// # Errors
     /// No memory for the buffers.
     pub(crate) fn new(problem: &'a Problem<'a, K::Element>, out: &'a mut [K::Element], threads: usize) -> Result<Self> {
+        const { assert!(PART.is_multiple_of(K::ROWS.len() * K::LANES), "a part ends where a tile does") };
         let tokens = problem.xs.rows;
         let block_tokens = tokens.div_ceil(passes(tokens)).next_multiple_of(K::LANES);
         // As many panels as the cache holds, at least two for each thread; then blocks of even size that begin where
@@ -117,7 +131,7 @@ impl<'a, K: Compiled> Gemm<'a, K> {
         let hidden_size = problem.xs.cols;
         let scratch = || {
             let weights = Buffer::new([PANEL, DEPTH_BLOCK])?;
-            Ok(Scratch { weights, sums: Buffer::new([2, block_tokens, PANEL])? })
+            Ok(Scratch { weights, sums: Buffer::new([2, block_tokens.min(PART), PANEL])? })
         };
         Ok(Self {
             problem,
@@ -137,8 +151,8 @@ impl<'a, K: Compiled> Gemm<'a, K> {
     pub(crate) fn schedule(&self) -> Schedule {
         Schedule::new(self.phases.iter().map(|phase| match phase {
             Phase::Copy { tokens } => tokens.len().div_ceil(K::LANES),
-            Phase::Hidden { block, .. } => block.len().div_ceil(PANEL),
-            Phase::Out { .. } => self.problem.down.weight.rows.div_ceil(PANEL),
+            Phase::Hidden { tokens, block } => block.len().div_ceil(PANEL) * parts(tokens),
+            Phase::Out { tokens, .. } => self.problem.down.weight.rows.div_ceil(PANEL) * parts(tokens),
         }))
     }
 
@@ -162,17 +176,25 @@ impl<'a, K: Compiled> Gemm<'a, K> {
         }
     }
 
-    /// The tiles of a block of tokens.
+    /// A task of a phase: a panel of these rows of weights, and a part of the tokens.
     #[inline(always)]
-    fn tiles(&self, tokens: &Range<usize>) -> impl Iterator<Item = Tile> {
-        let padded = tokens.len().next_multiple_of(K::LANES);
-        let most = K::ROWS.len() * K::LANES;
-        (0..padded).step_by(most).map(move |first| Tile { first, width: most.min(padded - first) })
+    fn task(&self, tokens: &Range<usize>, rows: &Range<usize>, task: usize) -> Task {
+        let parts = parts(tokens);
+        let first = |task: usize| rows.start + task / parts * PANEL;
+        let part = task % parts * PART;
+        Task {
+            rows: first(task)..rows.end.min(first(task) + PANEL),
+            part: part..tokens.len().min(part + PART),
+            later: first(task + self.threads),
+        }
     }
 
-    /// The first row of the panel that this thread will most likely work on after this one.
-    fn later(&self, rows: &Range<usize>) -> usize {
-        rows.start + self.threads * PANEL
+    /// The tiles of some of a block's tokens.
+    #[inline(always)]
+    fn tiles(&self, tokens: &Range<usize>) -> impl Iterator<Item = Tile> {
+        let end = tokens.end.next_multiple_of(K::LANES);
+        let most = K::ROWS.len() * K::LANES;
+        (tokens.start..end).step_by(most).map(move |first| Tile { first, width: most.min(end - first) })
     }
 
     /// Transposes a vector of tokens, those past the end as zeros.
@@ -180,7 +202,7 @@ impl<'a, K: Compiled> Gemm<'a, K> {
     unsafe fn copy(&self, tokens: &Range<usize>, task: usize) {
         let depth = self.problem.xs.cols.div_ceil(K::DEPTH);
         let first = task * K::LANES;
-        for tile in self.tiles(tokens) {
+        for tile in self.tiles(&(0..tokens.len())) {
             if (tile.first..tile.first + tile.width).contains(&first) {
                 let to = self.xs.as_mut_ptr().add(tile.first * depth + first - tile.first);
                 let rows = tokens.start + first..tokens.end.min(tokens.start + first + K::LANES);
@@ -189,18 +211,18 @@ impl<'a, K: Compiled> Gemm<'a, K> {
         }
     }
 
-    /// Adds to a panel's sums the products of its rows of a matrix (these, from this column on) over one block of the
+    /// Adds to a task's sums the products of its rows of a matrix (from this column on) over one block of the
     /// summed dimension, or begins them if `fresh`. The other factor's operands are tiles of this depth; `then` is where
     /// the weights lie that are read after these.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)] // a product's factors, and where it lies among the others
     unsafe fn product(
         &self,
-        (matrix, rows, first_col): (&Matrix<K::Element>, &Range<usize>, usize),
+        Task { rows, part, .. }: &Task,
+        (matrix, first_col): (&Matrix<K::Element>, usize),
         d: &Range<usize>,
         then: *const K::Element,
         (xs, depth): (*const K::Operand, usize),
-        tokens: &Range<usize>,
         scratch: &Scratch<K>,
         sums: *mut Sum<K>,
         fresh: bool,
@@ -208,10 +230,10 @@ impl<'a, K: Compiled> Gemm<'a, K> {
         let col = first_col + d.start * K::DEPTH;
         let in_place = in_place::<K>() && matrix.col_stride == 1 && col + d.len() * K::DEPTH <= matrix.cols;
         let copies = scratch.weights.as_mut_ptr();
-        for tile in self.tiles(tokens) {
+        for tile in self.tiles(part) {
             let vectors = tile.width / K::LANES;
             let step = K::ROWS[vectors - 1];
-            let last = tile.first + tile.width >= tokens.len();
+            let last = tile.first + tile.width >= part.end;
             for first in (0..rows.len()).step_by(step) {
                 let group = rows.start + first..rows.end.min(rows.start + first + step);
                 let (start, stride) = if in_place {
@@ -219,7 +241,7 @@ impl<'a, K: Compiled> Gemm<'a, K> {
                 } else {
                     (copies.add(first * DEPTH_BLOCK).cast_const(), DEPTH_BLOCK * size_of::<K::Operand>())
                 };
-                if !in_place && tile.first == 0 {
+                if !in_place && tile.first == part.start {
                     operands::<K>(matrix, &group, first_col, d, copies.add(first * DEPTH_BLOCK));
                 }
                 let next = match () {
@@ -229,7 +251,7 @@ impl<'a, K: Compiled> Gemm<'a, K> {
                 };
                 let ahead = Ahead { start: next, row_stride: matrix.row_stride, wanted: matrix.col_stride == 1 };
                 let x = xs.add(tile.first * depth + d.start * tile.width);
-                let sums = sums.add(tile.first * PANEL + first * tile.width);
+                let sums = sums.add((tile.first - part.start) * PANEL + first * tile.width);
                 K::multiply(vectors, Weights { start, stride, rows: group.len() }, d.len(), x, ahead, sums, fresh);
             }
         }
@@ -239,46 +261,49 @@ impl<'a, K: Compiled> Gemm<'a, K> {
     #[inline(always)]
     unsafe fn hidden_panel(&self, tokens: &Range<usize>, block: &Range<usize>, task: usize, scratch: &Scratch<K>) {
         let Problem { gate, up, activation, xs, .. } = self.problem;
-        let first = block.start + task * PANEL;
-        let rows = first..block.end.min(first + PANEL);
+        let task = self.task(tokens, block, task);
+        let Task { rows, part, later } = &task;
         let depth = xs.cols.div_ceil(K::DEPTH);
         let gate_sums = scratch.sums.as_mut_ptr();
-        let up_sums = gate_sums.add(self.block_tokens * PANEL);
+        let up_sums = gate_sums.add(self.block_tokens.min(PART) * PANEL);
 
         for d in blocks(depth) {
-            let (row, col) = if d.end < depth { (rows.start, d.end * K::DEPTH) } else { (self.later(&rows), 0) };
+            let (row, col) = if d.end < depth { (rows.start, d.end * K::DEPTH) } else { (*later, 0) };
             let then = at(&gate.weight, row, col);
             let x = (self.xs.as_mut_ptr().cast_const(), depth);
             match up {
-                None => self.product((&gate.weight, &rows, 0), &d, then, x, tokens, scratch, gate_sums, d.start == 0),
+                None => self.product(&task, (&gate.weight, 0), &d, then, x, scratch, gate_sums, d.start == 0),
                 Some(up) => {
                     let up_first = at(&up.weight, rows.start, d.start * K::DEPTH);
-                    self.product((&gate.weight, &rows, 0), &d, up_first, x, tokens, scratch, gate_sums, d.start == 0);
-                    self.product((&up.weight, &rows, 0), &d, then, x, tokens, scratch, up_sums, d.start == 0);
+                    self.product(&task, (&gate.weight, 0), &d, up_first, x, scratch, gate_sums, d.start == 0);
+                    self.product(&task, (&up.weight, 0), &d, then, x, scratch, up_sums, d.start == 0);
                 }
             }
         }
 
         let hidden_depth = block.len().div_ceil(K::DEPTH);
-        for tile in self.tiles(tokens) {
-            let to = self.hidden.as_mut_ptr().add(tile.first * hidden_depth + task * PANEL / K::DEPTH * tile.width);
+        for tile in self.tiles(part) {
+            let to = self.hidden.as_mut_ptr().add(tile.first * hidden_depth);
+            let to = to.add((rows.start - block.start) / K::DEPTH * tile.width);
+            // All rows at once: an activation's constants, and what its values wait for each other, are spread over many.
+            let sums = (tile.first - part.start) * PANEL;
+            let hidden = std::slice::from_raw_parts_mut(gate_sums.add(sums), rows.len() * tile.width);
+            add_bias(hidden, tile.width, gate, rows.start);
+            activation.apply(hidden);
+            if let Some(up) = up {
+                let up_values = std::slice::from_raw_parts_mut(up_sums.add(sums), hidden.len());
+                add_bias(up_values, tile.width, up, rows.start);
+                for (hidden, up) in hidden.iter_mut().zip(up_values) {
+                    *hidden = *hidden * *up;
+                }
+            }
             for row in (0..rows.len()).step_by(K::DEPTH) {
                 // What pads the last pair stays zero: its sums may be NaN, where x is infinite.
                 let mut rounded = [[K::Element::default(); MAX_TILE]; 2];
                 for (r, rounded) in (row..rows.len().min(row + K::DEPTH)).zip(&mut rounded) {
-                    let at = tile.first * PANEL + r * tile.width;
-                    let hidden = std::slice::from_raw_parts_mut(gate_sums.add(at), tile.width);
-                    add_bias(hidden, gate, rows.start + r);
-                    activation.apply(hidden);
-                    if let Some(up) = up {
-                        let up_values = std::slice::from_raw_parts_mut(up_sums.add(at), tile.width);
-                        add_bias(up_values, up, rows.start + r);
-                        for (hidden, up) in hidden.iter_mut().zip(up_values) {
-                            *hidden = *hidden * *up;
-                        }
-                    }
                     for t in (0..tile.width).step_by(K::LANES) {
-                        K::round(rounded.as_mut_ptr().add(t), K::load_sums(hidden.as_ptr().add(t)));
+                        let sums = K::load_sums(hidden.as_ptr().add(r * tile.width + t));
+                        K::round(rounded.as_mut_ptr().add(t), sums);
                     }
                 }
                 let to = to.add(row / K::DEPTH * tile.width);
@@ -294,41 +319,54 @@ impl<'a, K: Compiled> Gemm<'a, K> {
     unsafe fn out_panel(&self, tokens: &Range<usize>, block: &Range<usize>, task: usize, scratch: &Scratch<K>) {
         let Problem { gate, down, .. } = self.problem;
         let out_features = down.weight.rows;
-        let first = task * PANEL;
-        let rows = first..out_features.min(first + PANEL);
+        let task = self.task(tokens, &(0..out_features), task);
+        let Task { rows, part, later } = &task;
         let depth = block.len().div_ceil(K::DEPTH);
-        let sums = self.sums.as_mut_ptr().add(first * self.block_tokens);
+        let sums = self.sums.as_mut_ptr().add(rows.start * self.block_tokens + part.start * PANEL);
 
         for d in blocks(depth) {
             let next = block.start + d.end * K::DEPTH;
-            let (row, col) = if d.end < depth { (rows.start, next) } else { (self.later(&rows), block.start) };
+            let (row, col) = if d.end < depth { (rows.start, next) } else { (*later, block.start) };
             let x = (self.hidden.as_mut_ptr().cast_const(), depth);
             let fresh = block.start == 0 && d.start == 0;
-            let weights = (&down.weight, &rows, block.start);
-            self.product(weights, &d, at(&down.weight, row, col), x, tokens, scratch, sums, fresh);
+            let then = at(&down.weight, row, col);
+            self.product(&task, (&down.weight, block.start), &d, then, x, scratch, sums, fresh);
         }
         if block.end < gate.weight.rows {
             return;
         }
-        for tile in self.tiles(tokens) {
-            let sums = sums.add(tile.first * PANEL);
-            for t in (0..tile.width).step_by(K::LANES) {
-                let mut rounded = [[K::Element::default(); MAX_LANES]; PANEL];
-                for r in 0..rows.len() {
-                    let sums = std::slice::from_raw_parts_mut(sums.add(r * tile.width + t), K::LANES);
-                    add_bias(sums, down, rows.start + r);
-                    K::round(rounded[r].as_mut_ptr(), K::load_sums(sums.as_ptr()));
-                }
-                let first = tokens.start + tile.first + t;
-                for (lane, token) in (first..tokens.end.min(first + K::LANES)).enumerate() {
-                    let to = self.out.as_mut_ptr().add(token * out_features + rows.start);
-                    for r in 0..rows.len() {
-                        *to.add(r) = rounded[r][lane];
+        for tile in self.tiles(part) {
+            let sums = sums.add((tile.first - part.start) * PANEL);
+            for r in (0..rows.len()).step_by(K::LANES) {
+                let features = K::LANES.min(rows.len() - r);
+                for t in (0..tile.width).step_by(K::LANES) {
+                    let mut lanes = [K::zero(); MAX_LANES];
+                    for i in 0..features {
+                        let sums = std::slice::from_raw_parts_mut(sums.add((r + i) * tile.width + t), K::LANES);
+                        add_bias(sums, K::LANES, down, rows.start + r + i);
+                        lanes[i] = K::load_sums(sums.as_ptr());
+                    }
+                    K::transpose_sums(&mut lanes[..K::LANES]);
+                    let first = tokens.start + tile.first + t;
+                    for (lane, token) in lanes.iter().zip(first..tokens.end.min(first + K::LANES)) {
+                        let to = self.out.as_mut_ptr().add(token * out_features + rows.start + r);
+                        if features == K::LANES {
+                            K::round(to, *lane);
+                        } else {
+                            let mut rounded = [K::Element::default(); MAX_LANES];
+                            K::round(rounded.as_mut_ptr(), *lane);
+                            std::ptr::copy_nonoverlapping(rounded.as_ptr(), to, features);
+                        }
                     }
                 }
             }
         }
     }
+}
+
+/// The parts of a block of tokens.
+fn parts(tokens: &Range<usize>) -> usize {
+    tokens.len().div_ceil(PART)
 }
 
 /// The most tokens in a tile.
@@ -340,13 +378,15 @@ fn blocks(depth: usize) -> impl Iterator<Item = Range<usize>> {
     (0..depth.max(1)).step_by(DEPTH_BLOCK).map(move |d| d..depth.min(d + DEPTH_BLOCK))
 }
 
-/// Adds a feature's bias to its sums.
+/// Adds the biases of features, from this one on, to their sums: so many, side by side, of each.
 #[inline(always)]
-fn add_bias<E: Element>(sums: &mut [E::Sum], projection: &Projection<Matrix<E>>, feature: usize) {
+fn add_bias<E: Element>(sums: &mut [E::Sum], width: usize, projection: &Projection<Matrix<E>>, first: usize) {
     if let Some(bias) = &projection.bias {
-        let bias = bias.get(0, feature).widen();
-        for sum in sums {
-            *sum = *sum + bias;
+        for (r, sums) in sums.chunks_exact_mut(width).enumerate() {
+            let bias = bias.get(0, first + r).widen();
+            for sum in sums {
+                *sum = *sum + bias;
+            }
         }
     }
 }

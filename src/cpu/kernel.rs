@@ -55,6 +55,8 @@ pub(crate) unsafe trait Kernel {
     unsafe fn splat(from: *const Self::Operand) -> Self::Vector;
     /// Turns `LANES` rows of `LANES` operands into its columns.
     unsafe fn transpose(rows: &mut [Self::Vector]);
+    /// The same, of sums.
+    unsafe fn transpose_sums(rows: &mut [Self::Sums]);
     /// Rounds `LANES` sums to elements, and writes them from `to` on.
     unsafe fn round(to: *mut Self::Element, sums: Self::Sums);
     /// The operand of these elements, of which the first `DEPTH` count.
@@ -203,6 +205,10 @@ macro_rules! widened {
                 L::transpose(rows)
             }
             #[inline(always)]
+            unsafe fn transpose_sums(rows: &mut [L::V]) {
+                L::transpose(rows)
+            }
+            #[inline(always)]
             unsafe fn round(to: *mut $element, sums: L::V) {
                 L::$round(to, sums)
             }
@@ -297,6 +303,10 @@ unsafe impl<E: Element> Kernel for Plain<E> {
                 rows[j][i] = a;
             }
         }
+    }
+    #[inline(always)]
+    unsafe fn transpose_sums(rows: &mut [Self::Sums]) {
+        Self::transpose(rows)
     }
     #[inline(always)]
     unsafe fn round(to: *mut E, sums: Self::Sums) {
