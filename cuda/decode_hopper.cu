@@ -125,9 +125,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int i = 0; i < KEPT; ++i)
       pin(acc[i]);
-    __syncwarp(); // all lanes have read the stage
-    if (lane == 0)
-      barrier_arrive(empty + 8 * slot);
+    give_back(empty + 8 * slot);
     if (++slot == plan.slots) {
       slot = 0;
       parity ^= 1;
@@ -219,12 +217,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
   // A warp's rows are the same warp's in the blocks that share them: the last of these adds all sums, always in the same
   // order.
-  int finishes = 0;
-  __syncwarp();
-  if (lane == 0)
-    finishes = count_in_order(&shape.counters->group_done[set * (CONSUMERS / 32) + warp], plan.parts - 1) == plan.parts - 1;
-  __syncwarp();
-  if (!__shfl_sync(0xffffffffu, finishes, 0))
+  if (!is_last_of_set(shape, plan, set, warp))
     return;
   const int row_tile = second_shared ? 0 : warpgroup * TILE_ROWS;
   const int row_end = min(part_begin(second, set + 1) * GROUP, second.rows);

@@ -40,6 +40,13 @@ inline int decode_blocks(const DeviceFacts &device) {
 // The same in all lanes, said so that the compiler knows it: products must not look divergent.
 __device__ __forceinline__ int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
 
+// A warp gives a stage back, when all its lanes have read it, what is to be done with it included.
+__device__ __forceinline__ void give_back(unsigned empty) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0)
+    barrier_arrive(empty);
+}
+
 // The products of one chunk: 64 rows, whose groups lie so many bytes apart, with all tokens, whose groups do likewise.
 template <typename T, int NT>
 __device__ __forceinline__ void multiply(float (&acc)[NT / 2], unsigned weights, unsigned group_bytes, unsigned tokens,

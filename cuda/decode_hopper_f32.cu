@@ -14,7 +14,6 @@ namespace fused_mlp {
 namespace {
 
 // The producer has a warpgroup for itself, to leave its registers to the others.
-constexpr int WARPGROUP = 128;
 constexpr int THREADS = CONSUMERS + WARPGROUP;
 constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
 static_assert(PRODUCER_REGISTERS * (THREADS - CONSUMERS) + CONSUMER_REGISTERS * CONSUMERS <= 65536 / THREADS / 8 * 8 * THREADS,
@@ -293,9 +292,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         add_chunk<NT>(sums, at, tokens + c * NT * SWIZZLE_BYTES);
       }
     }
-    __syncwarp(); // all lanes have read the stage
-    if (lane == 0)
-      barrier_arrive(empty + 8 * slot);
+    give_back(empty + 8 * slot);
     if (++slot == plan.slots) {
       slot = 0;
       parity ^= 1;
@@ -363,12 +360,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
   // A warp's elements are the same warp's in the blocks that share them: the last of these adds all sums, always in the same
   // order.
-  int finishes = 0;
-  __syncwarp();
-  if (lane == 0)
-    finishes = count_in_order(&shape.counters->group_done[set * (CONSUMERS / 32) + warp], plan.parts - 1) == plan.parts - 1;
-  __syncwarp();
-  if (!__shfl_sync(0xffffffffu, finishes, 0))
+  if (!is_last_of_set(shape, plan, set, warp))
     return;
   const int row_end = min(part_begin(second, set + 1) * GROUP, second.rows);
   const float *const parts = shape.partial + set * plan.parts * block_sums + row_column;

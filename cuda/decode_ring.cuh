@@ -121,6 +121,16 @@ __device__ __forceinline__ unsigned count_in_order(unsigned *p, unsigned most) {
   return before;
 }
 
+// Whether a warp is the last of those of its number in the blocks of a set. What they stored before they asked is there.
+__device__ __forceinline__ bool is_last_of_set(const Shape &shape, const RingPlan &plan, int set, int warp) {
+  int last = 0;
+  __syncwarp();
+  if (threadIdx.x % 32 == 0)
+    last = count_in_order(&shape.counters->group_done[set * (CONSUMERS / 32) + warp], plan.parts - 1) == plan.parts - 1;
+  __syncwarp();
+  return uniform(last);
+}
+
 // Asks for the weights of one stage, `groups` groups from `row` on: gate rows, then up rows.
 __device__ __forceinline__ void copy_weights(const Ring &ring, unsigned to, const LayerPlan &layer, const CUtensorMap *map,
                                              int row, int groups, int chunk, unsigned long long policy) {

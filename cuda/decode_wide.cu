@@ -224,13 +224,6 @@ template <class R> __device__ __forceinline__ void produce_wide(const WideArgs &
   }
 }
 
-// A stage goes back when all lanes of a warp have read it, its command included.
-__device__ __forceinline__ void give_back(unsigned empty) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0)
-    barrier_arrive(empty);
-}
-
 // A tile's sums over so many stages, and whether the tile is ours.
 template <class K, class R>
 __device__ __forceinline__ bool multiply_wide(R &ring, int stages, unsigned row_bytes, float (&sums)[1][K::SUMS]) {

@@ -16,7 +16,6 @@
 namespace fused_mlp {
 namespace {
 
-constexpr int WARPGROUP = 128;
 constexpr int SHARED_BYTES = 227 * 1024; // of one block, at most
 
 // The warpgroups of a block: the producer's and some consumers'. A multiprocessor has 512 registers for each thread of one.

@@ -14,6 +14,7 @@ namespace fused_mlp {
 
 constexpr int SWIZZLE_BYTES = 128; // of one row of a tile
 constexpr int SWIZZLE_ALIGN = 1024;
+constexpr int WARPGROUP = 128; // threads
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define FUSED_MLP_HOPPER 1

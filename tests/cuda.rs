@@ -47,9 +47,9 @@ fn kernels(dtype: DType, (hidden, intermediate): (usize, usize)) -> Vec<Kernel> 
 }
 
 /// The most tokens of a launch.
-fn most_tokens(kernel: Kernel, dtype: DType) -> usize {
-    match (kernel, dtype) {
-        (Kernel::DecodeResident, _) => 8,
+fn most_tokens(kernel: Kernel) -> usize {
+    match kernel {
+        Kernel::DecodeResident => 8,
         _ => usize::MAX,
     }
 }
@@ -96,7 +96,7 @@ fn every_kernel() -> Result<()> {
                         continue;
                     }
                     let random = &mut Random::new(i as u64);
-                    let tokens = [1, 3, 8, 12, 20, 64, 100][i % 7].min(most_tokens(kernel, dtype));
+                    let tokens = [1, 3, 8, 12, 20, 64, 100][i % 7].min(most_tokens(kernel));
                     let xs = random.normal(&[tokens, hidden], 1., dtype, device)?;
                     let gate = random.linear((intermediate, hidden), i % 2 == 0, dtype, device)?;
                     let up = random.linear((intermediate, hidden), i % 3 == 0, dtype, device)?;
@@ -235,7 +235,7 @@ fn rows_are_independent() -> Result<()> {
             let xs = random.normal(&[64, sizes.0], 1., dtype, device)?;
             for kernel in kernels(dtype, sizes).into_iter().filter(|k| DECODE.contains(k)) {
                 // What takes 8 tokens at most is compared with what takes the others.
-                let most = most_tokens(kernel, dtype).min(64);
+                let most = most_tokens(kernel).min(64);
                 let whole = if kernel == Kernel::DecodeResident { Kernel::DecodeHopper } else { kernel };
                 let xs = xs.narrow(0, 0, if kernel == whole { most } else { 64 })?;
                 let all = whole.with(|| values(&module.forward(&xs)?))?;
@@ -311,8 +311,7 @@ fn two_streams_at_once() -> Result<()> {
                 (150, Kernel::GemmAmpere),
                 (150, Kernel::Matmul),
             ];
-            let takes =
-                |tokens, kernel| kernels(dtype, sizes).contains(&kernel) && tokens <= most_tokens(kernel, dtype);
+            let takes = |tokens, kernel| kernels(dtype, sizes).contains(&kernel) && tokens <= most_tokens(kernel);
             for (tokens, kernel) in some.into_iter().filter(|&(tokens, kernel)| takes(tokens, kernel)) {
                 let xs = random.normal(&[tokens, sizes.0], 1., dtype, &device)?;
                 let expected = kernel.with(|| module.forward(&xs))?;

@@ -111,8 +111,8 @@ fn not_finite_where_candle_is_not(device: &Device) -> Result<()> {
                 let activation = Activation::ALL[random.range(0..Activation::ALL.len())];
                 for special in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
                     for place in 0..7 {
-                        // On a GPU candle's product of transposed weights rounds before the bias, so that a gate or a hidden element of almost
-                        // zero can be zero; times infinity that is NaN.
+                        // On a GPU candle's product of transposed weights rounds before the bias, so that a gate or a
+                        // hidden element of almost zero can be zero; times infinity that is NaN.
                         if (2..=4).contains(&place) && transposed && device.is_cuda() && dtype.size_in_bytes() == 2 {
                             continue;
                         }
