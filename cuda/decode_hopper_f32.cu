@@ -117,6 +117,7 @@ template <int NT> __device__ __forceinline__ void part_tokens(unsigned tokens, u
 
 // add_chunk for one tile of each warp by the warpgroup's products, which are twice as fast for many tokens and have the same
 // bits: they, too, add eight products at a time. Tensor cores leave out by themselves what is not of a high part.
+// What adds to the same sums comes one after the other: changing between the two takes time.
 template <int NT>
 __device__ __forceinline__ void add_chunk_together(float (&sums)[NT / GROUP][4], const unsigned (&rows)[TILE_GROUPS],
                                                    unsigned tokens, unsigned low_tokens) {
@@ -131,9 +132,11 @@ __device__ __forceinline__ void add_chunk_together(float (&sums)[NT / GROUP][4],
 #pragma unroll
   for (int k = 0; k < 4; ++k) { // 32 bytes of depth
     Step::add(small, low[k], high_b + 2 * k, k > 0);
-    Step::add(large, high[k], high_b + 2 * k, k > 0);
     Step::add(small, high[k], low_b + 2 * k, 1);
   }
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    Step::add(large, high[k], high_b + 2 * k, k > 0);
   products_commit();
   products_wait<0>();
   pin(large);
