@@ -1,5 +1,6 @@
 // Activations on the device and their derivatives, in f32 and f64: the formulas of src/activation.rs.
 #pragma once
+#include <type_traits>
 
 namespace fused_mlp {
 
@@ -106,6 +107,14 @@ __device__ __forceinline__ void activate_all(Activation activation, float param,
 #pragma unroll
   for (int i = 0; i < N; ++i)
     v[i] = activate(Activation(A), param, v[i]);
+}
+
+// Calls `use` with the activation as a constant.
+template <int A = 0, typename Use> __device__ __forceinline__ void with_activation(Activation activation, Use use) {
+  if constexpr (A + 1 < int(Activation::Count))
+    if (int(activation) != A)
+      return with_activation<A + 1>(activation, use);
+  use(std::integral_constant<Activation, Activation(A)>());
 }
 
 // The derivative of `activate` at v.

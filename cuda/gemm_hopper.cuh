@@ -55,6 +55,7 @@ struct Product {
 //   SHARE: blocks of a cluster, with different rows, that share the copies of their weights
 //   PEERS: blocks of a cluster, with different columns, that share the copies of their rows
 //   SPLIT: parts of a tile's depth, a block of the cluster each, whose sums are added in the order of the blocks
+//   HELD: parts of the depth that each of these blocks has, where its sums are one part's of 64-row products
 //   LINKS: two clusters for a tile, the first of which hands its sums of half of the depth to the second through memory: a
 //   multiprocessor in ten is left over by clusters of four
 template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, bool PINGPONG_, int SHARE_, int PEERS_, int SPLIT_,
@@ -64,7 +65,7 @@ struct Tile : Warpgroups<ROWS_ == 192 ? 3 : 2> {
   using T = T_;
   using Bits = unsigned short; // of an element
   static constexpr bool GATED = GATED_, PINGPONG = PINGPONG_;
-  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SHARE = SHARE_, PEERS = PEERS_, SPLIT = SPLIT_, LINKS = LINKS_;
+  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SHARE = SHARE_, PEERS = PEERS_, SPLIT = SPLIT_, HELD = 1, LINKS = LINKS_;
   static constexpr int DEPTH = SWIZZLE_BYTES / sizeof(T); // of a stage
   static constexpr int CLUSTER = SHARE * PEERS * SPLIT;
   static constexpr int OUT_COLUMNS = GATED ? COLUMNS / 2 : COLUMNS;
@@ -140,9 +141,9 @@ template <class K> struct Outbox {
 
 // Finishes 16 columns of a tile, the `unit`th, and puts them at `place`: values[i][2 r + e] is row lane / 4 + 8 r, column
 // 8 i + 2 (lane % 4) + e. `biases` is the tile's in shared memory, or 0 where there is none.
-template <class K, Finish FINISH>
-__device__ __forceinline__ void put_columns(const Product &p, unsigned place, int unit, unsigned biases,
-                                            const float (&values)[2][4], const float (&up)[2][4]) {
+template <class K, typename Finished>
+__device__ __forceinline__ void put_columns(unsigned place, int unit, unsigned biases, const float (&values)[2][4],
+                                            const float (&up)[2][4], Finished finished) {
   unsigned packed[2][2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -155,8 +156,8 @@ __device__ __forceinline__ void put_columns(const Product &p, unsigned place, in
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float low = finished<FINISH>(values[i][2 * r] + bias.x, p.slope);
-      float high = finished<FINISH>(values[i][2 * r + 1] + bias.y, p.slope);
+      float low = finished(values[i][2 * r] + bias.x);
+      float high = finished(values[i][2 * r + 1] + bias.y);
       if (K::GATED) {
         low *= up[i][2 * r] + bias_up.x;
         high *= up[i][2 * r + 1] + bias_up.y;
@@ -183,9 +184,9 @@ __device__ __forceinline__ void gather(Sum sum, int unit, float (&values)[2][4],
 // Writes a warp's rows of a tile. Registers have no index at run time, so code for every unit of a tile would be tens of
 // kilobytes, which a multiprocessor fetches anew whenever other kernels ran in between. These loops have code for one chunk,
 // and move the others' sums to where those were.
-template <class K, Finish FINISH>
+template <class K, typename Finished>
 __device__ __forceinline__ void write_tile(const Product &p, Outbox<K> &outbox, float (&sums)[K::PARTS][K::SUMS], int row,
-                                           int column, unsigned biases) {
+                                           int column, unsigned biases, Finished finished) {
   constexpr int STEP = K::CHUNK / 16, UNITS = K::OUT_COLUMNS / 16, HALF = K::GATED ? K::SUMS / 2 : K::SUMS;
 #pragma unroll 1
   for (int part = 0; part < K::PARTS; ++part) {
@@ -196,7 +197,7 @@ __device__ __forceinline__ void write_tile(const Product &p, Outbox<K> &outbox, 
       for (int unit = 0; unit < STEP; ++unit) {
         float values[2][4], up[2][4];
         gather<K>([&](int i) { return sums[0][i]; }, unit, values, up);
-        put_columns<K, FINISH>(p, outbox.place(unit), first + unit, biases, values, up);
+        put_columns<K>(outbox.place(unit), first + unit, biases, values, up, finished);
       }
       outbox.send(p, row + 64 * part, column + 16 * first);
 #pragma unroll
@@ -260,7 +261,7 @@ template <class K> struct Place {
 };
 
 // A split tile's sums meet in shared memory, where each block of the cluster leaves its parts of them, and each adds up all
-// parts of a share of the columns in the order of the blocks.
+// parts of a share of the columns in the order of the blocks, and of each block's parts.
 template <class K> __device__ __forceinline__ unsigned part_address(unsigned sums_at, int i) {
   return sums_at + 4 * (K::CONSUMERS * WARPGROUP * i + threadIdx.x - WARPGROUP);
 }
@@ -274,14 +275,18 @@ template <class K> __device__ __forceinline__ float sum_of_parts(unsigned sums_a
   float sum = 0.f;
 #pragma unroll
   for (int block = 0; block < K::SPLIT; ++block)
-    sum += load_from_cluster(cluster_address(part_address<K>(sums_at, i), at.rank_of(at.share, at.peer, block)));
+#pragma unroll
+    for (int held = 0; held < K::HELD; ++held)
+      sum += load_from_cluster(cluster_address(part_address<K>(sums_at, held * K::SUMS + i),
+                                               at.rank_of(at.share, at.peer, block)));
   return sum;
 }
 
 // As `write_tile`, of a split tile.
-template <class K, Finish FINISH>
+template <class K, typename Finished>
 __device__ __forceinline__ void write_split_tile(const Product &p, Outbox<K> &outbox, unsigned sums_at,
-                                                 const Place<K> &at, int row, int column, unsigned biases) {
+                                                 const Place<K> &at, int row, int column, unsigned biases,
+                                                 Finished finished) {
   constexpr int UNITS = K::OUT_COLUMNS / 16;
   for (int unit = at.split * UNITS / K::SPLIT; unit < (at.split + 1) * UNITS / K::SPLIT; ++unit)
 #pragma unroll
@@ -289,7 +294,7 @@ __device__ __forceinline__ void write_split_tile(const Product &p, Outbox<K> &ou
       float values[2][4], up[2][4];
       gather<K>([&](int i) { return sum_of_parts<K>(sums_at, at, part * K::SUMS + i); }, unit, values, up);
       outbox.open();
-      put_columns<K, FINISH>(p, outbox.place(0), unit, biases, values, up);
+      put_columns<K>(outbox.place(0), unit, biases, values, up, finished);
       outbox.send(p, row + 64 * part, column + 16 * unit);
     }
 }
@@ -554,15 +559,19 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
       load_biases();
     const unsigned biases = put_biases<K>(p, ring.biases(consumer), consumer, [&](int i) { return bias[i]; });
     if constexpr (K::SPLIT == 1) {
-      with_finish<K::GATED>(p.finish, [&](auto finish) { write_tile<K, finish>(p, outbox, sums, row, column, biases); });
+      with_finish<K::GATED>(p.finish, [&](auto finish) {
+        write_tile(p, outbox, sums, row, column, biases, [&](float v) { return finished<finish>(v, p.slope); });
+      });
     } else {
       consumers_meet<K>(); // all are done with the stages
 #pragma unroll
       for (int part = 0; part < K::PARTS; ++part)
         leave_parts<K>(ring.base, sums[part], part * K::SUMS);
       cluster_sync();
-      with_finish<K::GATED>(p.finish,
-                            [&](auto finish) { write_split_tile<K, finish>(p, outbox, ring.base, at, row, column, biases); });
+      with_finish<K::GATED>(p.finish, [&](auto finish) {
+        write_split_tile(p, outbox, ring.base, at, row, column, biases,
+                         [&](float v) { return finished<finish>(v, p.slope); });
+      });
     }
   }
   outbox.close();
