@@ -11,8 +11,10 @@
 // layer is either held by a block that runs, or free for a block whose wait is long to claim. A tile that somebody else claimed
 // is computed by its owner in vain, and not written. Dependent launch and counters are as there, too.
 //
-// A row has the bits that decode_hopper.cu gives it, whatever is beside it: sums are cut as there (decode_hopper.cuh), a product's
-// sums are the same whichever operand the weights are, and what becomes of a sum is computed by the same functions.
+// Among up to 64 tokens a row has the bits that decode_hopper.cu gives it, whatever is beside it: sums are cut as there
+// (decode_hopper.cuh), a product's sums are the same whichever operand the weights are, and what becomes of a sum is computed by the
+// same functions. Among more, a row's bits depend on nothing but the weights' shape: they are finished as by the kernels for many
+// tokens, which takes fewer instructions.
 #include "decode_hopper.cuh"
 #include "gemm_hopper.cuh"
 
@@ -36,7 +38,10 @@ template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, int SPLIT_, int HEL
   static constexpr int MATRICES = GATED ? 2 : 1; // each by itself in a stage
   static constexpr int OUT_COLUMNS = COLUMNS / MATRICES;
   static constexpr int SUMS = COLUMNS / 2; // of a thread
-  static constexpr int CHUNK = 16;         // columns that a warp writes at once: the activation's code is of so many
+  [[maybe_unused]] static constexpr bool RING_BITS = ROWS == NARROW_TOKENS;
+  [[maybe_unused]] static constexpr int PARITIES = RING_BITS ? 2 : 1; // sums of even and of odd chunks, or of all
+  // Columns that a warp writes at once; where blocks share the writing, as few as can be.
+  static constexpr int CHUNK = SPLIT > 1 ? 16 : OUT_COLUMNS % 64 == 0 ? 64 : OUT_COLUMNS % 32 == 0 ? 32 : 16;
   static constexpr int CHUNK_BYTES = 16 * CHUNK * 2;
   static constexpr int ROW_BYTES = CHUNKS * ROWS * SWIZZLE_BYTES, WEIGHT_BYTES = CHUNKS * COLUMNS * SWIZZLE_BYTES;
   static_assert(ROWS * COLUMNS == 2 * SUMS * PARTS * NARROW_TOKENS * CONSUMERS, "all sums are somebody's");
@@ -240,10 +245,10 @@ template <class K, class R>
 __device__ __forceinline__ bool multiply_wide(R &ring, int chunks, unsigned row_bytes, float (&sums)[K::SUMS]) {
   constexpr int OWN_SUMS = K::OUT_COLUMNS / 2; // of one matrix
   const unsigned own_rows = (threadIdx.x / WARPGROUP - 1) * NARROW_TOKENS * SWIZZLE_BYTES;
-  constexpr int TURNS = K::CHUNKS % 2 == 0 ? 1 : 2;  // stages until an even chunk has the same place again
-  float parts[2][K::MATRICES][OWN_SUMS];
+  constexpr int TURNS = K::CHUNKS % K::PARITIES == 0 ? 1 : 2; // stages until an even chunk has the same place again
+  float parts[K::PARITIES][K::MATRICES][OWN_SUMS];
 #pragma unroll
-  for (int i = 0; i < 2 * K::MATRICES * OWN_SUMS; ++i)
+  for (int i = 0; i < K::PARITIES * K::MATRICES * OWN_SUMS; ++i)
     (&parts[0][0][0])[i] = 0.f;
   const int whole = chunks / K::CHUNKS, stages = stages_of<K>(chunks);
   int before = 0, ours = 0;
@@ -259,7 +264,7 @@ __device__ __forceinline__ bool multiply_wide(R &ring, int chunks, unsigned row_
   const auto end = [&] {
     products_wait<0>();
 #pragma unroll
-    for (int parity = 0; parity < 2; ++parity)
+    for (int parity = 0; parity < K::PARITIES; ++parity)
 #pragma unroll
       for (int m = 0; m < K::MATRICES; ++m)
         pin(parts[parity][m]);
@@ -273,7 +278,7 @@ __device__ __forceinline__ bool multiply_wide(R &ring, int chunks, unsigned row_
       products_begin();
 #pragma unroll
       for (int c = 0; c < K::CHUNKS; ++c)
-        add(c, parts[(turn * K::CHUNKS + c) % 2]);
+        add(c, parts[(turn * K::CHUNKS + c) % K::PARITIES]);
       products_commit();
       if (s > 0) {
         products_wait<1>();
@@ -303,8 +308,53 @@ __device__ __forceinline__ bool multiply_wide(R &ring, int chunks, unsigned row_
   for (int m = 0; m < K::MATRICES; ++m)
 #pragma unroll
     for (int i = 0; i < OWN_SUMS; ++i)
-      sums[m * OWN_SUMS + i] = parts[0][m][i] + parts[1][m][i];
+      sums[m * OWN_SUMS + i] = K::PARITIES == 1 ? parts[0][m][i] : parts[0][m][i] + parts[K::PARITIES - 1][m][i];
   return ours;
+}
+
+// Finishes and writes a warp's rows of a tile of the first layer, 16 columns at a time: as `write_tile`, but by the functions that
+// decode_hopper.cu calls.
+template <class K>
+__device__ __forceinline__ void write_hidden(const WideArgs &args, Outbox<K> &outbox, float (&sums)[K::SUMS], int row, int column,
+                                             unsigned biases) {
+  constexpr int STEP = K::CHUNK / 16, UNITS = K::OUT_COLUMNS / 16, HALF = K::OUT_COLUMNS / 2;
+#pragma unroll 1
+  for (int unit = 0; unit < UNITS; ++unit) {
+    float values[8], factors[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      values[i] = sums[i];
+      factors[i] = K::GATED ? sums[K::SUMS - HALF + i] : 1.f;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      const unsigned at = biases + 2 * (16 * unit + i / 4 * 8 + 2 * (threadIdx.x % 4));
+      const float2 bias = unpack(typename K::T(), biases ? load_shared_4(at) : 0u);
+      values[i] += bias.x;
+      values[i + 1] += bias.y;
+      if (K::GATED) {
+        const float2 bias_up = unpack(typename K::T(), biases ? load_shared_4(at + 2 * K::OUT_COLUMNS) : 0u);
+        factors[i] += bias_up.x;
+        factors[i + 1] += bias_up.y;
+      }
+    }
+    activate_all(args.activation, args.activation_param, values);
+    unsigned packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      packed[i] = K::GATED ? pack(typename K::T(), values[2 * i] * factors[2 * i], values[2 * i + 1] * factors[2 * i + 1])
+                           : pack(typename K::T(), values[2 * i], values[2 * i + 1]);
+    if (unit % STEP == 0)
+      outbox.open();
+    store_matrices(outbox.place(unit % STEP), packed[0], packed[1], packed[2], packed[3]);
+    if (unit % STEP == STEP - 1)
+      outbox.send(args.first.product, row, column + 16 * (unit - unit % STEP));
+#pragma unroll
+    for (int half = 0; half < K::SUMS; half += HALF)
+#pragma unroll
+      for (int i = 0; i + 8 < HALF; ++i)
+        sums[half + i] = sums[half + i + 8];
+  }
 }
 
 template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &args, R ring) {
@@ -336,10 +386,11 @@ template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &
       continue;
     const int column = command * A::OUT_COLUMNS;
     const unsigned biases = biases_of(A(), first, column);
-    with_activation(args.activation, [&](auto activation) {
-      write_tile(first, hidden, sums, row, column, biases,
-                 [&](float v) { return activate(activation.value, args.activation_param, v); });
-    });
+    if constexpr (A::RING_BITS)
+      write_hidden<A>(args, hidden, sums[0], row, column, biases);
+    else
+      with_finish<A::GATED>(first.finish,
+                            [&](auto finish) { write_tile<A, finish>(first, hidden, sums, row, column, biases); });
     if (threadIdx.x % 32 == 0) {
       copies_out_end();
       fence_global_copies();
@@ -352,7 +403,6 @@ template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &
   if (command == END) // in the whole cluster
     return;
   const Place<B> at(blockIdx.x % B::SPLIT);
-  const auto as_it_is = [](float v) { return v; };
   float sums[B::HELD][B::SUMS];
 #pragma unroll
   for (int held = 0; held < B::HELD; ++held)
@@ -361,14 +411,14 @@ template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &
   const unsigned biases = biases_of(B(), second, column);
   Outbox<B> out(ring.outbox(warp));
   if constexpr (B::SPLIT == 1) {
-    write_tile(second, out, sums, row, column, biases, as_it_is);
+    write_tile<B, Finish::None>(second, out, sums, row, column, biases);
   } else {
     consumers_meet<B>(); // all are done with the stages
 #pragma unroll
     for (int held = 0; held < B::HELD; ++held)
       leave_parts<B>(ring.base, sums[held], held * B::SUMS);
     cluster_sync();
-    write_split_tile(second, out, ring.base, at, row, column, biases, as_it_is);
+    write_split_tile<B, Finish::None>(second, out, ring.base, at, row, column, biases);
   }
   out.close();
 }
@@ -462,10 +512,11 @@ template <class R> int enqueue_wide(const Shape &shape, int dtype, cudaStream_t 
   second.tiles = divide_up(o, B::OUT_COLUMNS);
   first.chunks = first.part_chunks = h / CHUNK;
   second.chunks = n / CHUNK;
-  second.part_chunks = part_chunks(second.chunks, B::SPLIT * B::HELD);
+  second.part_chunks = B::RING_BITS ? part_chunks(second.chunks, B::SPLIT * B::HELD) : divide_up(second.chunks, B::SPLIT * B::HELD);
   args.counters = shape.counters;
   args.activation = shape.activation;
   args.activation_param = static_cast<float>(shape.activation_param);
+  finish_of(static_cast<int>(shape.activation), &first.product.finish, &first.product.slope);
 
   const int blocks = divide_up(larger(first.tiles, second.tiles * B::SPLIT), B::SPLIT) * B::SPLIT;
   cudaLaunchAttribute attributes[2];
@@ -497,11 +548,14 @@ template <typename T> const WideVariant *wide_variants(int *count) {
   static const WideVariant variants[] = {
       // Gated: tokens; weights' rows and chunks of a stage; of the second layer weights' rows, split, held, chunks.
       wide_variant<T, true, 64, 32, 2, 32, 4, 1, 2>(),
+      wide_variant<T, true, 64, 64, 2, 48, 4, 1, 2>(),
+      wide_variant<T, true, 64, 96, 2, 64, 4, 1, 2>(),
       wide_variant<T, true, 64, 96, 2, 32, 2, 2, 2>(),
       wide_variant<T, true, 64, 128, 1, 32, 2, 2, 2>(),
+      wide_variant<T, true, 64, 64, 2, 48, 2, 2, 2>(),
       wide_variant<T, true, 64, 96, 2, 48, 2, 2, 2>(),
       wide_variant<T, true, 64, 96, 2, 64, 2, 1, 2>(),
-      wide_variant<T, true, 64, 128, 1, 64, 2, 1, 1>(),
+      wide_variant<T, true, 64, 128, 1, 64, 2, 1, 2>(),
       wide_variant<T, true, 64, 128, 1, 128, 2, 1, 1>(),
       wide_variant<T, true, 64, 96, 2, 32, 1, 1, 2>(),
       wide_variant<T, true, 128, 96, 1, 96, 4, 1, 1>(),
@@ -509,9 +563,10 @@ template <typename T> const WideVariant *wide_variants(int *count) {
       // Plain.
       wide_variant<T, false, 64, 32, 2, 32, 4, 1, 2>(),
       wide_variant<T, false, 64, 48, 2, 48, 4, 1, 2>(),
+      wide_variant<T, false, 64, 64, 2, 64, 4, 1, 2>(),
       wide_variant<T, false, 64, 64, 2, 32, 2, 2, 2>(),
-      wide_variant<T, false, 64, 64, 2, 48, 2, 2, 2>(),
-      wide_variant<T, false, 64, 32, 2, 64, 2, 1, 2>(),
+      wide_variant<T, false, 64, 48, 2, 48, 2, 2, 2>(),
+      wide_variant<T, false, 64, 64, 2, 64, 2, 1, 2>(),
       wide_variant<T, false, 64, 128, 1, 128, 2, 1, 1>(),
       wide_variant<T, false, 64, 32, 2, 32, 1, 1, 2>(),
       wide_variant<T, false, 128, 32, 2, 32, 4, 1, 2>(),
@@ -551,7 +606,7 @@ int choose_wide(const DeviceFacts &facts, const FusedMlpArgs &args, int tokens, 
   *best = nullptr;
   for (const WideVariant *v = all; v != all + count; ++v) {
     if (v->gated != (args.gated != 0) || v->rows != (tokens <= NARROW_TOKENS ? NARROW_TOKENS : WIDE_TOKENS) ||
-        v->parts != parts)
+        (v->rows == NARROW_TOKENS && v->parts != parts))
       continue;
     int resident = 0;
     const int status = v->resident(&resident);
@@ -605,8 +660,10 @@ int wide_tokens_at_once(const DeviceFacts &device, const FusedMlpArgs &args, int
       args.intermediate_size % CHUNK != 0 || args.output_size % 8 != 0)
     return FUSED_MLP_OK;
   const WideVariant *narrow = nullptr, *wide = nullptr;
+  Finish finish;
+  float slope;
   int status = remembered_choice(device, args, NARROW_TOKENS, &narrow);
-  if (status == FUSED_MLP_OK && args.tokens > NARROW_TOKENS)
+  if (status == FUSED_MLP_OK && args.tokens > NARROW_TOKENS && finish_of(args.activation, &finish, &slope))
     status = remembered_choice(device, args, WIDE_TOKENS, &wide);
   *tokens = wide ? WIDE_TOKENS : narrow ? NARROW_TOKENS : 0;
   return status;

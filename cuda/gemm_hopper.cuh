@@ -55,7 +55,7 @@ struct Product {
 //   SHARE: blocks of a cluster, with different rows, that share the copies of their weights
 //   PEERS: blocks of a cluster, with different columns, that share the copies of their rows
 //   SPLIT: parts of a tile's depth, a block of the cluster each, whose sums are added in the order of the blocks
-//   HELD: parts of the depth that each of these blocks has, where its sums are one part's of 64-row products
+//   HELD: parts that each of these blocks has, where a warpgroup has one product of 64 rows
 //   LINKS: two clusters for a tile, the first of which hands its sums of half of the depth to the second through memory: a
 //   multiprocessor in ten is left over by clusters of four
 template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, bool PINGPONG_, int SHARE_, int PEERS_, int SPLIT_,
@@ -141,9 +141,9 @@ template <class K> struct Outbox {
 
 // Finishes 16 columns of a tile, the `unit`th, and puts them at `place`: values[i][2 r + e] is row lane / 4 + 8 r, column
 // 8 i + 2 (lane % 4) + e. `biases` is the tile's in shared memory, or 0 where there is none.
-template <class K, typename Finished>
-__device__ __forceinline__ void put_columns(unsigned place, int unit, unsigned biases, const float (&values)[2][4],
-                                            const float (&up)[2][4], Finished finished) {
+template <class K, Finish FINISH>
+__device__ __forceinline__ void put_columns(const Product &p, unsigned place, int unit, unsigned biases,
+                                            const float (&values)[2][4], const float (&up)[2][4]) {
   unsigned packed[2][2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -156,8 +156,8 @@ __device__ __forceinline__ void put_columns(unsigned place, int unit, unsigned b
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float low = finished(values[i][2 * r] + bias.x);
-      float high = finished(values[i][2 * r + 1] + bias.y);
+      float low = finished<FINISH>(values[i][2 * r] + bias.x, p.slope);
+      float high = finished<FINISH>(values[i][2 * r + 1] + bias.y, p.slope);
       if (K::GATED) {
         low *= up[i][2 * r] + bias_up.x;
         high *= up[i][2 * r + 1] + bias_up.y;
@@ -184,9 +184,9 @@ __device__ __forceinline__ void gather(Sum sum, int unit, float (&values)[2][4],
 // Writes a warp's rows of a tile. Registers have no index at run time, so code for every unit of a tile would be tens of
 // kilobytes, which a multiprocessor fetches anew whenever other kernels ran in between. These loops have code for one chunk,
 // and move the others' sums to where those were.
-template <class K, typename Finished>
+template <class K, Finish FINISH>
 __device__ __forceinline__ void write_tile(const Product &p, Outbox<K> &outbox, float (&sums)[K::PARTS][K::SUMS], int row,
-                                           int column, unsigned biases, Finished finished) {
+                                           int column, unsigned biases) {
   constexpr int STEP = K::CHUNK / 16, UNITS = K::OUT_COLUMNS / 16, HALF = K::GATED ? K::SUMS / 2 : K::SUMS;
 #pragma unroll 1
   for (int part = 0; part < K::PARTS; ++part) {
@@ -197,7 +197,7 @@ __device__ __forceinline__ void write_tile(const Product &p, Outbox<K> &outbox, 
       for (int unit = 0; unit < STEP; ++unit) {
         float values[2][4], up[2][4];
         gather<K>([&](int i) { return sums[0][i]; }, unit, values, up);
-        put_columns<K>(outbox.place(unit), first + unit, biases, values, up, finished);
+        put_columns<K, FINISH>(p, outbox.place(unit), first + unit, biases, values, up);
       }
       outbox.send(p, row + 64 * part, column + 16 * first);
 #pragma unroll
@@ -283,10 +283,9 @@ template <class K> __device__ __forceinline__ float sum_of_parts(unsigned sums_a
 }
 
 // As `write_tile`, of a split tile.
-template <class K, typename Finished>
+template <class K, Finish FINISH>
 __device__ __forceinline__ void write_split_tile(const Product &p, Outbox<K> &outbox, unsigned sums_at,
-                                                 const Place<K> &at, int row, int column, unsigned biases,
-                                                 Finished finished) {
+                                                 const Place<K> &at, int row, int column, unsigned biases) {
   constexpr int UNITS = K::OUT_COLUMNS / 16;
   for (int unit = at.split * UNITS / K::SPLIT; unit < (at.split + 1) * UNITS / K::SPLIT; ++unit)
 #pragma unroll
@@ -294,7 +293,7 @@ __device__ __forceinline__ void write_split_tile(const Product &p, Outbox<K> &ou
       float values[2][4], up[2][4];
       gather<K>([&](int i) { return sum_of_parts<K>(sums_at, at, part * K::SUMS + i); }, unit, values, up);
       outbox.open();
-      put_columns<K>(outbox.place(0), unit, biases, values, up, finished);
+      put_columns<K, FINISH>(p, outbox.place(0), unit, biases, values, up);
       outbox.send(p, row + 64 * part, column + 16 * unit);
     }
 }
@@ -559,19 +558,15 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
       load_biases();
     const unsigned biases = put_biases<K>(p, ring.biases(consumer), consumer, [&](int i) { return bias[i]; });
     if constexpr (K::SPLIT == 1) {
-      with_finish<K::GATED>(p.finish, [&](auto finish) {
-        write_tile(p, outbox, sums, row, column, biases, [&](float v) { return finished<finish>(v, p.slope); });
-      });
+      with_finish<K::GATED>(p.finish, [&](auto finish) { write_tile<K, finish>(p, outbox, sums, row, column, biases); });
     } else {
       consumers_meet<K>(); // all are done with the stages
 #pragma unroll
       for (int part = 0; part < K::PARTS; ++part)
         leave_parts<K>(ring.base, sums[part], part * K::SUMS);
       cluster_sync();
-      with_finish<K::GATED>(p.finish, [&](auto finish) {
-        write_split_tile(p, outbox, ring.base, at, row, column, biases,
-                         [&](float v) { return finished<finish>(v, p.slope); });
-      });
+      with_finish<K::GATED>(p.finish,
+                            [&](auto finish) { write_split_tile<K, finish>(p, outbox, ring.base, at, row, column, biases); });
     }
   }
   outbox.close();

@@ -295,7 +295,7 @@ void check_case(const Case &c, unsigned seed, bool again = true) {
   }
 }
 
-// Rows of a call with 64 against calls with fewer of them, at several first rows.
+// Rows of a call with as many as the kernel takes against calls with fewer of them, at several first rows.
 void check_rows(const Case &c, unsigned seed) {
   const int most = c.tokens;
   Problem p(c, seed);
@@ -303,7 +303,9 @@ void check_rows(const Case &c, unsigned seed) {
   STATUS_OK(fused_mlp_decode(&p.args, 0));
   const size_t e = element_bytes(c.dtype), row = size_t(c.output) * e;
   Buffer part(p.out_bytes());
-  for (int count : {1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 48, 63, 64}) {
+  for (int count : {1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 127}) {
+    if (most > 64 && count <= 64)
+      continue; // other tiles
     for (int first : {0, 5, most - count}) {
       if (first < 0 || first + count > most)
         continue;
@@ -328,7 +330,7 @@ void check_rows(const Case &c, unsigned seed) {
 // The ring's rows and those of the kernel for some dozens of tokens, of calls with any number of them, against each row alone
 // on the ring.
 void check_bits(Case c, unsigned seed) {
-  c.tokens = 128;
+  c.tokens = 64;
   c.path = FUSED_MLP_PATH_HOPPER;
   Problem p(c, seed);
   const size_t e = element_bytes(c.dtype), row = size_t(c.output) * e;
@@ -345,9 +347,7 @@ void check_bits(Case c, unsigned seed) {
   for (int i = 0; i < c.tokens; ++i)
     decode(FUSED_MLP_PATH_HOPPER, i, 1, static_cast<char *>(alone.p) + i * row);
   for (int path : {FUSED_MLP_PATH_HOPPER, FUSED_MLP_PATH_WIDE})
-    for (int count = 1; count <= c.tokens; count += count < 64 || path == FUSED_MLP_PATH_WIDE ? 1 : 64) {
-      if (count > 68 && count != 100 && count < 127)
-        continue;
+    for (int count = 1; count <= c.tokens; ++count) {
       const int first = count * 37 % (c.tokens - count + 1);
       decode(path, first, count, p.args.out);
       const unsigned long long different =
@@ -380,6 +380,11 @@ void check_wide() {
                      seed * 97, true);
           ++seed;
         }
+  for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16}) {
+    check_rows({dtype, 1, 576, 1536, 576, 128, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false}, seed++ * 97);
+    check_rows({dtype, 0, 768, 3072, 768, 128, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false}, seed++ * 97);
+    check_rows({dtype, 1, 4096, 14336, 4096, 128, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false}, seed++ * 97);
+  }
   // A second layer of one, two, three and four parts, of odd and even numbers of chunks, the last one shorter or not.
   const struct {
     int h, i, o;
@@ -891,7 +896,7 @@ int run_time(const std::string &dtypes, std::vector<int> tokens) {
   return 0;
 }
 
-// Each time is the median of three, the paths one after the other in each.
+// Each time is the median of three, the paths one after the other in each. MLPs that one of them does not take are left out.
 int run_turns(const std::string &a, const std::string &b, const std::string &dtypes, std::vector<int> tokens) {
   if (tokens.empty())
     tokens = {33, 48, 64};
@@ -914,7 +919,15 @@ int run_turns(const std::string &a, const std::string &b, const std::string &dty
       if (dtypes != "all" && dtypes != DTYPE_NAMES[dtype])
         continue;
       Stack stack(dtype, m.gated, m.hidden, m.intermediate, m.biases, prop.l2CacheSize);
+      const auto takes = [&](int path, int t) {
+        FusedMlpArgs args = stack.layers[0];
+        args.tokens = t;
+        args.path = path;
+        return fused_mlp_decode_path(&args, &path) == 0;
+      };
       for (int t : tokens) {
+        if (!takes(paths[0], t) || !takes(paths[1], t))
+          continue;
         double found[2][2]; // in a graph or not, which path
         for (bool in_graph : {false, true}) {
           std::vector<double> times[2];
