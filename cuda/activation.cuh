@@ -97,15 +97,65 @@ template <typename F> __device__ __forceinline__ F activate(Activation activatio
   }
 }
 
-// The same of several values, whose latencies pass together.
+// v / d, rounded to nearest, for d of 1 or more. The operator has a branch in each division, for the extreme exponents, and one
+// division waits for the other; these are its steps where no exponent is extreme, and one branch for all.
+template <int N> __device__ __forceinline__ void divide_all(float (&v)[N], const float (&d)[N]) {
+  constexpr float LARGE = 1.2379400e27f, SMALL = 1.f / LARGE; // 2^90
+  float quotient[N], largest = 0.f, largest_divisor = 0.f;
+  unsigned smallest = ~0u; // of twice the bits less 1: 0, which many a hidden element is, comes last
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d[i]));
+    r = fmaf(r, fmaf(-d[i], r, 1.f), r);
+    float q = v[i] * r;
+    q = fmaf(r, fmaf(-d[i], q, v[i]), q);
+    quotient[i] = fmaf(r, fmaf(-d[i], q, v[i]), q);
+    largest = fmaxf(largest, fabsf(v[i]));
+    smallest = min(smallest, 2 * __float_as_uint(v[i]) - 1);
+    largest_divisor = fmaxf(largest_divisor, d[i]);
+  }
+  if (largest > LARGE || smallest < 2 * __float_as_uint(SMALL) - 1 || largest_divisor > LARGE) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      v[i] = v[i] / d[i];
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    v[i] = quotient[i];
+}
+
+// `activate` of several values, whose latencies pass together.
 template <int A = 0, int N>
 __device__ __forceinline__ void activate_all(Activation activation, float param, float (&v)[N]) {
   if constexpr (A + 1 < int(Activation::Count))
     if (int(activation) != A)
       return activate_all<A + 1>(activation, param, v);
+  constexpr Activation ACTIVATION = Activation(A);
+  if constexpr (ACTIVATION == Activation::Silu) {
+    float divisors[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i)
-    v[i] = activate(Activation(A), param, v[i]);
+    for (int i = 0; i < N; ++i)
+      divisors[i] = 1.f + exp_of(-v[i]);
+    divide_all(v, divisors);
+  } else if constexpr (ACTIVATION == Activation::GeluTanh || ACTIVATION == Activation::QuickGelu) {
+    float sigmoids[N], divisors[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float of = ACTIVATION == Activation::GeluTanh ? gelu_tanh_argument(v[i]) : v[i] * 1.702f;
+      divisors[i] = 1.f + exp_of(-of);
+      sigmoids[i] = 1.f;
+    }
+    divide_all(sigmoids, divisors);
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      v[i] *= sigmoids[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      v[i] = activate(ACTIVATION, param, v[i]);
+  }
 }
 
 // The derivative of `activate` at v.

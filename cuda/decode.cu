@@ -124,7 +124,7 @@ int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path,
   const bool can_resident = can_hopper && can_decode_resident(device, args);
   const bool can_cluster = can_decode_cluster(device, args);
   int wide_tokens = 0;
-  const bool wide_is_best = args.path == FUSED_MLP_PATH_AUTO && decode_wide_is_chosen(args);
+  const bool wide_is_best = args.path == FUSED_MLP_PATH_AUTO && decode_wide_is_chosen(device, args);
   if (can_depend && apart && (wide_is_best || args.path == FUSED_MLP_PATH_WIDE)) {
     const int status = wide_tokens_at_once(device, args, &wide_tokens);
     if (status != FUSED_MLP_OK)
@@ -218,7 +218,7 @@ extern "C" int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream) {
              : path == FUSED_MLP_PATH_CLUSTER
                  ? launch_decode_cluster(shape, args->dtype, stream)
              : path == FUSED_MLP_PATH_WIDE
-                 ? launch_decode_wide(shape, *args, stream)
+                 ? launch_decode_wide(shape, *args, *device, stream)
              : path == FUSED_MLP_PATH_RESIDENT
                  ? launch_decode_resident(shape, args->dtype, *device, stream)
              : path == FUSED_MLP_PATH_HOPPER

@@ -23,13 +23,12 @@ __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(SWIZZLE_ALIGN) unsigned char shared[];
   __shared__ Stage stages[MAX_SLOTS];
   __shared__ __align__(8) unsigned long long full_barriers[MAX_SLOTS], empty_barriers[MAX_SLOTS];
-  const unsigned ring = shared_address(shared), full = shared_address(full_barriers),
-                 empty = shared_address(empty_barriers);
+  Ring ring{plan, shared_address(shared), shared_address(full_barriers), shared_address(empty_barriers), 0, 0};
   const LayerPlan &first = plan.first;
   const LayerPlan &second = plan.second;
   const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31;
 
-  if (!start_ring<NT>(shape, plan, maps, stages, ring, full, empty))
+  if (!start_ring<NT>(shape, plan, maps, stages, ring))
     return;
 
   // The consumers. A thread's rows of a tile are `row` and row + 8, its tokens 8 j + token and + 1.
@@ -68,11 +67,10 @@ __global__ void __launch_bounds__(THREADS, 1)
       static_cast<T *>(shape.out)[static_cast<long long>(t) * shape.output_size + at] =
           from_float<T>(sum + to_float(bias[i >> 1 & 1]));
   };
-  int slot = 0, pass = 0;
-  unsigned parity = 0;
+  int pass = 0;
   for (;;) {
-    barrier_wait(full + 8 * slot, parity);
-    const Stage stage = stages[slot].uniform();
+    ring.wait_until_full();
+    const Stage stage = stages[ring.slot].uniform();
     const bool is_second = stage.flags & SECOND_LAYER;
     const LayerPlan &layer = is_second ? second : first;
     const bool chunks_shared = is_second ? second_shared : first_shared;
@@ -90,7 +88,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
     // One tile's sums are in acc[0], two tiles' or two parities' in acc[0] and acc[1], two tiles' of two parities in all four.
     const int first_chunk = stage.first_chunk_and_chunks >> 16, chunks = stage.first_chunk_and_chunks & 0xffff;
-    const unsigned tokens = ring + slot * plan.slot_bytes,
+    const unsigned tokens = ring.at(),
                    weights = tokens + layer.stage_chunks * NT * SWIZZLE_BYTES + row_tile / GROUP * layer.group_distance;
     const bool one_matrix = is_second || !shape.gated || packed;
     const int up = (end - begin + GROUP - 1) / GROUP * layer.group_distance;
@@ -125,11 +123,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int i = 0; i < KEPT; ++i)
       pin(acc[i]);
-    give_back(empty + 8 * slot);
-    if (++slot == plan.slots) {
-      slot = 0;
-      parity ^= 1;
-    }
+    ring.give_back();
+    ring.next();
     if ((stage.flags & PASS_ENDS) && !is_second) {
       // Sums go through shared memory, so that each thread rounds off some tokens of one unit.
       constexpr int TOKENS = NT < ROUND_TOKENS ? NT : ROUND_TOKENS;

@@ -1,7 +1,7 @@
-// What Hopper's two decode kernels share: how weights and tokens lie in shared memory, how a layer's sums are cut, and
-// the tensor maps of a call.
+// What Hopper's decode kernels share: how weights and tokens lie in shared memory, how a layer's sums are cut, and the tensor
+// maps of a call.
 //
-// Sums are cut by the weights' shape and the GPU alone, so that both kernels give a row the same bits, whatever is beside
+// Sums are cut by the weights' shape and the GPU alone, so that these kernels give a row the same bits, whatever is beside
 // it: the first layer's into even and odd chunks of 128 bytes of depth, the second layer's into one, two or four parts of
 // its depth, each of even and odd chunks, added in order.
 #pragma once

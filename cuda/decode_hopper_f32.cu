@@ -180,11 +180,10 @@ __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(SWIZZLE_ALIGN) unsigned char shared[];
   __shared__ Stage stages[MAX_SLOTS];
   __shared__ __align__(8) unsigned long long full_barriers[MAX_SLOTS], empty_barriers[MAX_SLOTS];
-  const unsigned ring = shared_address(shared), full = shared_address(full_barriers),
-                 empty = shared_address(empty_barriers);
+  Ring ring{plan, shared_address(shared), shared_address(full_barriers), shared_address(empty_barriers), 0, 0};
   const LayerPlan &first = plan.first;
   const LayerPlan &second = plan.second;
-  if (!start_ring<NT, PRODUCER_REGISTERS>(shape, plan, maps, stages, ring, full, empty))
+  if (!start_ring<NT, PRODUCER_REGISTERS>(shape, plan, maps, stages, ring))
     return;
 
   // The consumers.
@@ -240,11 +239,10 @@ __global__ void __launch_bounds__(THREADS, 1)
   };
   wait_for_previous_kernel();
 
-  int slot = 0, pass = 0, low_slot = 0;
-  unsigned parity = 0;
+  int pass = 0, low_slot = 0;
   for (;;) {
-    barrier_wait(full + 8 * slot, parity);
-    const Stage stage = stages[slot].uniform();
+    ring.wait_until_full();
+    const Stage stage = stages[ring.slot].uniform();
     const bool is_second = stage.flags & SECOND_LAYER;
     const LayerPlan &layer = is_second ? second : first;
     const Division division = is_second ? second_division : first_division;
@@ -255,7 +253,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       bias[1] = is_second ? 0.f : bias_of(shape.bias_up, unit, end);
     }
     const int first_chunk = stage.first_chunk_and_chunks >> 16, chunks = stage.first_chunk_and_chunks & 0xffff;
-    const unsigned tokens = ring + slot * plan.slot_bytes, weights = tokens + layer.stage_chunks * NT * SWIZZLE_BYTES;
+    const unsigned tokens = ring.at(), weights = tokens + layer.stage_chunks * NT * SWIZZLE_BYTES;
     const bool together = division.together<NT>();
     const bool one_tile = together && division.warps == 2;
     // Of fewer groups than the tiles have, the last stands for those that are not there, and its sums go nowhere.
@@ -277,7 +275,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       if constexpr (NT >= TOGETHER_TOKENS)
         for (int c = (warpgroup - first_chunk) & 1; c < chunks; c += 2, low_slot ^= 1) {
           const unsigned chunk_tokens = tokens + c * NT * SWIZZLE_BYTES;
-          const unsigned low_tokens = ring + plan.slots * plan.slot_bytes + (2 * warpgroup + low_slot) * NT * SWIZZLE_BYTES;
+          const unsigned low_tokens = ring.memory + plan.slots * plan.slot_bytes + (2 * warpgroup + low_slot) * NT * SWIZZLE_BYTES;
           part_tokens<NT>(chunk_tokens, low_tokens);
 #pragma unroll
           for (int tile = 0; tile < 2; ++tile)
@@ -295,11 +293,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         add_chunk<NT>(sums, at, tokens + c * NT * SWIZZLE_BYTES);
       }
     }
-    give_back(empty + 8 * slot);
-    if (++slot == plan.slots) {
-      slot = 0;
-      parity ^= 1;
-    }
+    ring.give_back();
+    ring.next();
     if ((stage.flags & PASS_ENDS) && together)
       consumers_meet(); // all are done with the low parts
     if ((stage.flags & PASS_ENDS) && !is_second) {

@@ -60,14 +60,13 @@ int prepare_decode_resident(const DeviceFacts &device);
 bool can_decode_cluster(const DeviceFacts &device, const FusedMlpArgs &args);
 int launch_decode_cluster(const Shape &shape, int dtype, cudaStream_t stream);
 
-// 1 to WIDE_TOKENS tokens of bf16 or f16 on sm_90a, with one of the activations that the kernels for many tokens have; rows as
-// for launch_decode_hopper. How many tokens a launch takes: none where it takes other sizes.
+// 1 to WIDE_TOKENS tokens of bf16 or f16 on sm_90a; rows as for launch_decode_hopper, whose bits are the same up to 64 tokens. How
+// many tokens a launch takes: none where it takes other sizes, 64 with activations that the kernels for many tokens have not.
 int wide_tokens_at_once(const DeviceFacts &device, const FusedMlpArgs &args, int *tokens);
-// Whether AUTO takes it: where it is faster than the two launches for many tokens. It is faster than launch_decode_hopper too from
-// 33 tokens on (PERFORMANCE.md), but adds in another order, and up to 64 tokens a row's bits are to be the same in any company:
-// there only who asks for it gets it.
-bool decode_wide_is_chosen(const FusedMlpArgs &args);
-int launch_decode_wide(const Shape &shape, const FusedMlpArgs &args, cudaStream_t stream);
+// Whether AUTO takes it: where it is faster than launch_decode_hopper, or beyond 64 tokens than the two launches for many
+// (PERFORMANCE.md).
+bool decode_wide_is_chosen(const DeviceFacts &device, const FusedMlpArgs &args);
+int launch_decode_wide(const Shape &shape, const FusedMlpArgs &args, const DeviceFacts &device, cudaStream_t stream);
 
 // 1 to 64 tokens of anything.
 int launch_decode_portable(const Shape &shape, int dtype, const DeviceFacts &device, cudaStream_t stream);

@@ -97,21 +97,23 @@ __device__ __forceinline__ unsigned by_now(unsigned returned) {
   return returned;
 }
 
-// The ring, as the producer walks it.
+// The ring, as the producer or a consumer walks it.
 struct Ring {
+  const RingPlan &plan;
   unsigned memory, full, empty;
-  int slots, slot_bytes;
   int slot;
-  unsigned parity; // of the phase of `empty` to wait for
+  unsigned parity; // of the phase to wait for: of `empty` or of `full`
   __device__ __forceinline__ void next() {
-    if (++slot == slots) {
+    if (++slot == plan.slots) {
       slot = 0;
       parity ^= 1;
     }
   }
   __device__ __forceinline__ void wait_until_empty() const { barrier_wait(empty + 8 * slot, parity); }
+  __device__ __forceinline__ void wait_until_full() const { barrier_wait(full + 8 * slot, parity); }
+  __device__ __forceinline__ void give_back() const { fused_mlp::give_back(empty + 8 * slot); }
   __device__ __forceinline__ unsigned barrier() const { return full + 8 * slot; }
-  __device__ __forceinline__ unsigned at() const { return memory + slot * slot_bytes; }
+  __device__ __forceinline__ unsigned at() const { return memory + slot * plan.slot_bytes; }
 };
 
 // atomicInc that shows others what this thread knows of, and this thread what they knew of.
@@ -283,15 +285,15 @@ __device__ __forceinline__ void produce(const Shape &shape, const RingPlan &plan
   }
 }
 
-// Readies the ring and runs its producer, behind the consumers. Whether the caller is one of these. A producer that has a
-// warpgroup for itself keeps so many registers.
+// Readies the ring, which is as a consumer walks it first, and runs its producer, behind the consumers. Whether the caller is one
+// of these. A producer that has a warpgroup for itself keeps so many registers.
 template <int NT, int PRODUCER_REGISTERS = 0>
 __device__ __forceinline__ bool start_ring(const Shape &shape, const RingPlan &plan, const Maps &maps, Stage *stages,
-                                           unsigned memory, unsigned full, unsigned empty) {
+                                           Ring ring) {
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < plan.slots; ++slot) {
-      barrier_init(full + 8 * slot, 1);
-      barrier_init(empty + 8 * slot, CONSUMERS / 32);
+      barrier_init(ring.full + 8 * slot, 1);
+      barrier_init(ring.empty + 8 * slot, CONSUMERS / 32);
     }
     publish_barriers();
   }
@@ -300,9 +302,9 @@ __device__ __forceinline__ bool start_ring(const Shape &shape, const RingPlan &p
     return true;
   if constexpr (PRODUCER_REGISTERS > 0)
     give_registers<PRODUCER_REGISTERS>();
-  // The first round of the ring finds its slots empty.
+  ring.parity = 1; // the first round of the ring finds its slots empty
   if (threadIdx.x == CONSUMERS)
-    produce<NT>(shape, plan, maps, stages, {memory, full, empty, plan.slots, plan.slot_bytes, 0, 1});
+    produce<NT>(shape, plan, maps, stages, ring);
   return false;
 }
 

@@ -3,17 +3,18 @@
 //
 // One block per multiprocessor. One thread, the producer, keeps a ring of stages in shared memory full, a warpgroup for each 64
 // tokens multiplies what has come. A stage is some chunks of 128 bytes of depth: of each, all tokens' rows and a tile's weight
-// rows. A tile's sums of gate and up of a hidden element are in one thread, which finishes them as the kernels for many tokens
-// do (gemm_hopper.cuh). When the producer has asked for its last gate and up rows it goes on to ask for down rows, which depend
-// on nothing: the one grid-wide wait, for the hidden rows, passes while they are on the way. The second layer's depth is cut
-// among the blocks of a cluster, which add their sums in order.
+// rows. A tile's sums of gate and up of a hidden element are in one thread, which finishes them. When the producer has asked for its last gate and up rows it goes on to ask for down rows, which depend
+// on nothing: the one grid-wide wait, for the hidden rows, passes while they are on the way. The parts of the second
+// layer's depth are the blocks' of a cluster, which add their sums in order.
 //
 // No deadlock, whatever is resident, as in decode_hopper.cu: a block waits for the hidden rows only, and each tile of the first
 // layer is either held by a block that runs, or free for a block whose wait is long to claim. A tile that somebody else claimed
 // is computed by its owner in vain, and not written. Dependent launch and counters are as there, too.
 //
-// A row's bits do not depend on its company, among up to 64 tokens and among more: tiles are chosen by the weights' shape and
-// by which of both it is.
+// Among up to 64 tokens a row has the bits that decode_hopper.cu gives it, whatever is beside it: sums are cut as there
+// (decode_hopper.cuh), a product's sums are the same whichever operand the weights are, and what becomes of a sum is computed by the
+// same functions. Among more, a row's bits depend on nothing but the weights' shape: they are finished as by the kernels for many
+// tokens, which takes fewer instructions.
 #include "decode_hopper.cuh"
 #include "gemm_hopper.cuh"
 
@@ -25,23 +26,28 @@ constexpr int NARROW_TOKENS = 64; // of one consumer
 // One layer's tiles.
 //   ROWS: tokens, 64 for each consumer
 //   COLUMNS: weights' rows of a tile; a gated tile's output has half as many columns
-//   SPLIT: parts of a tile's depth, a block of the cluster each, whose sums are added in the order of the blocks
+//   SPLIT: blocks of a cluster that share a tile's depth
+//   HELD: parts of the depth that each of them has
 //   CHUNKS: of a stage
-template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, int SPLIT_, int CHUNKS_> struct WideTile {
+template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, int SPLIT_, int HELD_, int CHUNKS_> struct WideTile {
   using T = T_;
   using Bits = unsigned short; // of an element
   static constexpr bool GATED = GATED_;
-  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SPLIT = SPLIT_, CHUNKS = CHUNKS_;
+  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SPLIT = SPLIT_, HELD = HELD_, CHUNKS = CHUNKS_;
   static constexpr int CONSUMERS = ROWS / NARROW_TOKENS, PARTS = 1, SHARE = 1, PEERS = 1, LINKS = 1, CLUSTER = SPLIT;
   static constexpr int MATRICES = GATED ? 2 : 1; // each by itself in a stage
   static constexpr int OUT_COLUMNS = COLUMNS / MATRICES;
   static constexpr int SUMS = COLUMNS / 2; // of a thread
+  [[maybe_unused]] static constexpr bool RING_BITS = ROWS == NARROW_TOKENS;
+  [[maybe_unused]] static constexpr int PARITIES = RING_BITS ? 2 : 1; // sums of even and of odd chunks, or of all
   // Columns that a warp writes at once; where blocks share the writing, as few as can be.
   static constexpr int CHUNK = SPLIT > 1 ? 16 : OUT_COLUMNS % 64 == 0 ? 64 : OUT_COLUMNS % 32 == 0 ? 32 : 16;
   static constexpr int CHUNK_BYTES = 16 * CHUNK * 2;
   static constexpr int ROW_BYTES = CHUNKS * ROWS * SWIZZLE_BYTES, WEIGHT_BYTES = CHUNKS * COLUMNS * SWIZZLE_BYTES;
   static_assert(ROWS * COLUMNS == 2 * SUMS * PARTS * NARROW_TOKENS * CONSUMERS, "all sums are somebody's");
   static_assert(SHARE * PEERS * LINKS == 1 && CLUSTER == SPLIT, "blocks of a cluster share a tile's depth alone");
+  static_assert(CHUNKS <= 2, "a stage that is not whole has one chunk");
+  static_assert(HELD == 1 || (HELD == 2 && SPLIT > 1), "parts are added where blocks' are");
 };
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
@@ -59,7 +65,7 @@ template <class First_, class Second_> struct WideRing {
   static constexpr int FIT = (SHARED_BYTES - SWIZZLE_ALIGN - AFTER_BYTES) / (SLOT_BYTES + 16 + COMMAND_BYTES);
   static constexpr int SLOTS = FIT < 16 ? FIT : 16;
   static constexpr int TOTAL_BYTES = SWIZZLE_ALIGN + SLOTS * (SLOT_BYTES + 16 + COMMAND_BYTES) + AFTER_BYTES;
-  static_assert(Second::ROWS * Second::COLUMNS * 4 <= SLOTS * SLOT_BYTES, "sums meet in the ring");
+  static_assert(Second::HELD * Second::ROWS * Second::COLUMNS * 4 <= SLOTS * SLOT_BYTES, "sums meet in the ring");
   static_assert(BIAS_BYTES % 8 == 0, "barriers lie on 8 bytes");
 
   unsigned base;
@@ -94,32 +100,34 @@ struct WideLayer {
   CUtensorMap rows, weights, up;
   Product product; // of this only what is needed to finish tiles
   int tiles, chunks;
+  int part_chunks; // of a part of the depth, but the last one's, which has the rest
 };
 
 struct WideArgs {
   WideLayer first, second;
   Counters *counters;
   int box_rows; // tokens, rounded up
+  Activation activation;
+  float activation_param;
 };
 
-// Stages of a whole depth; and of a part of it, the first and how many.
-template <class K> __host__ __device__ constexpr int stages_of(const WideLayer &layer) {
-  return (layer.chunks + K::CHUNKS - 1) / K::CHUNKS;
-}
-template <class K> __device__ __forceinline__ int first_stage(const WideLayer &layer, int part) {
-  return part * stages_of<K>(layer) / K::SPLIT;
-}
-template <class K> __device__ __forceinline__ int stages_of(const WideLayer &layer, int part) {
-  return first_stage<K>(layer, part + 1) - first_stage<K>(layer, part);
-}
-
 #ifdef FUSED_MLP_HOPPER
+
+// Chunks of a part of the depth: none of a short depth's last ones.
+__device__ __forceinline__ int chunks_of(const WideLayer &layer, int part) {
+  return min(max(layer.chunks - part * layer.part_chunks, 0), layer.part_chunks);
+}
+template <class K> __device__ __forceinline__ int stages_of(int chunks) { return divide_up(chunks, K::CHUNKS); }
 
 constexpr int WIDE_PREFETCHED_STAGES = 2;
 constexpr long long WIDE_PATIENCE = 60000; // cycles, beyond twice what the block's own tiles took
 
 __device__ __forceinline__ void store_shared(unsigned address, int v) {
   asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+// What the producer tells a warp with a stage. The lane that gives the stage back is the one that reads it.
+__device__ __forceinline__ int told(unsigned address) {
+  return uniform(threadIdx.x % 32 == 0 ? static_cast<int>(load_shared_4(address)) : 0);
 }
 
 template <class R> __device__ __forceinline__ void produce_wide(const WideArgs &args, R ring) {
@@ -129,7 +137,7 @@ template <class R> __device__ __forceinline__ void produce_wide(const WideArgs &
   const unsigned long long once = evict_first_policy(), again = evict_last_policy();
   const unsigned row_bytes = args.box_rows * SWIZZLE_BYTES;
   Counters *const counters = args.counters;
-  const int first_stages = stages_of<A>(first);
+  const int first_stages = stages_of<A>(first.chunks);
 
   const auto ask_first = [&](int tile, bool ours) {
     for (int s = 0; s < first_stages; ++s, ring.next()) {
@@ -160,18 +168,26 @@ template <class R> __device__ __forceinline__ void produce_wide(const WideArgs &
 
   const Place<B> at(blockIdx.x % B::SPLIT);
   const bool has_tile = at.first_tile < second.tiles;
-  const int begin = first_stage<B>(second, at.split), stages = stages_of<B>(second, at.split);
+  const int first_part = at.split * B::HELD, part_stages = stages_of<B>(second.part_chunks);
+  int stages = 0;
+  for (int held = 0; held < B::HELD; ++held)
+    stages += stages_of<B>(chunks_of(second, first_part + held));
+  // A part begins with a stage.
+  const auto chunk_of = [&](int s) {
+    const int left_out = B::HELD > 1 && s >= part_stages ? part_stages * B::CHUNKS - second.part_chunks : 0;
+    return first_part * second.part_chunks + s * B::CHUNKS - left_out;
+  };
   const auto ask_weights = [&](int s) {
     barrier_wait(ring.empty(ring.slot), ring.parity);
     barrier_expect(ring.full(ring.slot), B::WEIGHT_BYTES);
-    copy_chunks(ring.rows() + B::ROW_BYTES, &second.weights, at.first_tile * B::OUT_COLUMNS, (begin + s) * B::CHUNKS,
-                ring.full(ring.slot), once);
+    copy_chunks(ring.rows() + B::ROW_BYTES, &second.weights, at.first_tile * B::OUT_COLUMNS, chunk_of(s), ring.full(ring.slot),
+                once);
   };
   const auto ask_rows = [&](int s) {
     if (s == 0)
       store_shared(ring.command(), static_cast<int>(SECOND));
     barrier_arrive_expect(ring.full(ring.slot), B::CHUNKS * row_bytes);
-    copy_chunks(ring.rows(), &second.rows, 0, (begin + s) * B::CHUNKS, ring.full(ring.slot), again);
+    copy_chunks(ring.rows(), &second.rows, 0, chunk_of(s), ring.full(ring.slot), again);
   };
   const int ahead = min(stages, static_cast<int>(R::SLOTS));
   bool own = true;
@@ -211,7 +227,7 @@ template <class R> __device__ __forceinline__ void produce_wide(const WideArgs &
       ask_weights(s);
     ask_rows(s);
   }
-  if (!has_tile || stages == 0) { // the part of a short depth may be nothing
+  if (!has_tile || stages == 0) { // the parts of a short depth may be nothing
     barrier_wait(ring.empty(ring.slot), ring.parity);
     store_shared(ring.command(), static_cast<int>(has_tile ? SECOND : END));
     barrier_arrive(ring.full(ring.slot));
@@ -224,52 +240,121 @@ template <class R> __device__ __forceinline__ void produce_wide(const WideArgs &
   }
 }
 
-// A tile's sums over so many stages, and whether the tile is ours.
+// A tile's sums over so many chunks, those of even and of odd ones added, and whether the tile is ours.
 template <class K, class R>
-__device__ __forceinline__ bool multiply_wide(R &ring, int stages, unsigned row_bytes, float (&sums)[1][K::SUMS]) {
+__device__ __forceinline__ bool multiply_wide(R &ring, int chunks, unsigned row_bytes, float (&sums)[K::SUMS]) {
   constexpr int OWN_SUMS = K::OUT_COLUMNS / 2; // of one matrix
   const unsigned own_rows = (threadIdx.x / WARPGROUP - 1) * NARROW_TOKENS * SWIZZLE_BYTES;
-  float parts[K::MATRICES][OWN_SUMS];
+  constexpr int TURNS = K::CHUNKS % K::PARITIES == 0 ? 1 : 2; // stages until an even chunk has the same place again
+  float parts[K::PARITIES][K::MATRICES][OWN_SUMS];
 #pragma unroll
-  for (int m = 0; m < K::MATRICES; ++m)
-#pragma unroll
-    for (int i = 0; i < OWN_SUMS; ++i)
-      parts[m][i] = 0.f;
+  for (int i = 0; i < K::PARITIES * K::MATRICES * OWN_SUMS; ++i)
+    (&parts[0][0][0])[i] = 0.f;
+  const int whole = chunks / K::CHUNKS, stages = stages_of<K>(chunks);
   int before = 0, ours = 0;
-  const auto release = [&] { give_back(ring.empty(before)); };
-  for (int s = 0; s < stages; ++s, ring.next()) {
-    barrier_wait(ring.full(ring.slot), ring.parity);
-    if (s == stages - 1)
-      ours = uniform(static_cast<int>(load_shared_4(ring.ours())));
-    products_begin();
+  const auto add = [&](int c, float(&to)[K::MATRICES][OWN_SUMS]) {
 #pragma unroll
-    for (int c = 0; c < K::CHUNKS; ++c)
+    for (int k = 0; k < SWIZZLE_BYTES / 32; ++k)
 #pragma unroll
-      for (int k = 0; k < SWIZZLE_BYTES / 32; ++k)
+      for (int m = 0; m < K::MATRICES; ++m)
+        WarpgroupProduct<typename K::T, K::OUT_COLUMNS>::add(
+            to[m], tile_descriptor(ring.rows() + c * row_bytes + own_rows) + 2 * k,
+            tile_descriptor(ring.rows() + K::ROW_BYTES + (m * K::CHUNKS + c) * K::OUT_COLUMNS * SWIZZLE_BYTES) + 2 * k);
+  };
+  const auto end = [&] {
+    products_wait<0>();
 #pragma unroll
-        for (int m = 0; m < K::MATRICES; ++m)
-          WarpgroupProduct<typename K::T, K::OUT_COLUMNS>::add(
-              parts[m], tile_descriptor(ring.rows() + c * row_bytes + own_rows) + 2 * k,
-              tile_descriptor(ring.rows() + K::ROW_BYTES + (m * K::CHUNKS + c) * K::OUT_COLUMNS * SWIZZLE_BYTES) + 2 * k);
-    products_commit();
-    if (s > 0) {
-      products_wait<1>();
-      release();
+    for (int parity = 0; parity < K::PARITIES; ++parity)
+#pragma unroll
+      for (int m = 0; m < K::MATRICES; ++m)
+        pin(parts[parity][m]);
+  };
+  for (int s = 0; s < whole;)
+#pragma unroll
+    for (int turn = 0; turn < TURNS && s < whole; ++turn, ++s, ring.next()) {
+      barrier_wait(ring.full(ring.slot), ring.parity);
+      if (s == stages - 1)
+        ours = told(ring.ours());
+      products_begin();
+#pragma unroll
+      for (int c = 0; c < K::CHUNKS; ++c)
+        add(c, parts[(turn * K::CHUNKS + c) % K::PARITIES]);
+      products_commit();
+      if (s > 0) {
+        products_wait<1>();
+        give_back(ring.empty(before));
+      }
+      before = ring.slot;
     }
-    before = ring.slot;
+  end();
+  if (whole > 0)
+    give_back(ring.empty(before));
+  if constexpr (K::CHUNKS > 1) {
+    // What else lies in the last stage belongs to another part.
+    if (whole < stages) {
+      barrier_wait(ring.full(ring.slot), ring.parity);
+      ours = told(ring.ours());
+      products_begin();
+      add(0, parts[0]);
+      products_commit();
+    }
+    end();
+    if (whole < stages) {
+      give_back(ring.empty(ring.slot));
+      ring.next();
+    }
   }
-  products_wait<0>();
-#pragma unroll
-  for (int m = 0; m < K::MATRICES; ++m)
-    pin(parts[m]);
-  if (stages > 0)
-    release();
 #pragma unroll
   for (int m = 0; m < K::MATRICES; ++m)
 #pragma unroll
     for (int i = 0; i < OWN_SUMS; ++i)
-      sums[0][m * OWN_SUMS + i] = parts[m][i];
+      sums[m * OWN_SUMS + i] = K::PARITIES == 1 ? parts[0][m][i] : parts[0][m][i] + parts[K::PARITIES - 1][m][i];
   return ours;
+}
+
+// Finishes and writes a warp's rows of a tile of the first layer, 16 columns at a time: as `write_tile`, but by the functions that
+// decode_hopper.cu calls.
+template <class K>
+__device__ __forceinline__ void write_hidden(const WideArgs &args, Outbox<K> &outbox, float (&sums)[K::SUMS], int row, int column,
+                                             unsigned biases) {
+  constexpr int STEP = K::CHUNK / 16, UNITS = K::OUT_COLUMNS / 16, HALF = K::OUT_COLUMNS / 2;
+#pragma unroll 1
+  for (int unit = 0; unit < UNITS; ++unit) {
+    float values[8], factors[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      values[i] = sums[i];
+      factors[i] = K::GATED ? sums[K::SUMS - HALF + i] : 1.f;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      const unsigned at = biases + 2 * (16 * unit + i / 4 * 8 + 2 * (threadIdx.x % 4));
+      const float2 bias = unpack(typename K::T(), biases ? load_shared_4(at) : 0u);
+      values[i] += bias.x;
+      values[i + 1] += bias.y;
+      if (K::GATED) {
+        const float2 bias_up = unpack(typename K::T(), biases ? load_shared_4(at + 2 * K::OUT_COLUMNS) : 0u);
+        factors[i] += bias_up.x;
+        factors[i + 1] += bias_up.y;
+      }
+    }
+    activate_all(args.activation, args.activation_param, values);
+    unsigned packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      packed[i] = K::GATED ? pack(typename K::T(), values[2 * i] * factors[2 * i], values[2 * i + 1] * factors[2 * i + 1])
+                           : pack(typename K::T(), values[2 * i], values[2 * i + 1]);
+    if (unit % STEP == 0)
+      outbox.open();
+    store_matrices(outbox.place(unit % STEP), packed[0], packed[1], packed[2], packed[3]);
+    if (unit % STEP == STEP - 1)
+      outbox.send(args.first.product, row, column + 16 * (unit - unit % STEP));
+#pragma unroll
+    for (int half = 0; half < K::SUMS; half += HALF)
+#pragma unroll
+      for (int i = 0; i + 8 < HALF; ++i)
+        sums[half + i] = sums[half + i + 8];
+  }
 }
 
 template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &args, R ring) {
@@ -288,7 +373,7 @@ template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &
   int command;
   for (;;) {
     barrier_wait(ring.full(ring.slot), ring.parity);
-    command = uniform(static_cast<int>(load_shared_4(ring.command())));
+    command = told(ring.command());
     if (command == SECOND || command == END)
       break;
     if (command == SKIP) {
@@ -297,12 +382,15 @@ template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &
       continue;
     }
     float sums[1][A::SUMS];
-    if (!multiply_wide<A>(ring, stages_of<A>(args.first), row_bytes, sums))
+    if (!multiply_wide<A>(ring, args.first.chunks, row_bytes, sums[0]))
       continue;
     const int column = command * A::OUT_COLUMNS;
     const unsigned biases = biases_of(A(), first, column);
-    with_finish<A::GATED>(
-        first.finish, [&](auto finish) { write_tile<A, finish>(first, hidden, sums, row, column, biases); });
+    if constexpr (A::RING_BITS)
+      write_hidden<A>(args, hidden, sums[0], row, column, biases);
+    else
+      with_finish<A::GATED>(first.finish,
+                            [&](auto finish) { write_tile<A, finish>(first, hidden, sums, row, column, biases); });
     if (threadIdx.x % 32 == 0) {
       copies_out_end();
       fence_global_copies();
@@ -315,15 +403,23 @@ template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &
   if (command == END) // in the whole cluster
     return;
   const Place<B> at(blockIdx.x % B::SPLIT);
-  float sums[1][B::SUMS];
-  multiply_wide<B>(ring, stages_of<B>(args.second, at.split), row_bytes, sums);
+  float sums[B::HELD][B::SUMS];
+#pragma unroll
+  for (int held = 0; held < B::HELD; ++held)
+    multiply_wide<B>(ring, chunks_of(args.second, at.split * B::HELD + held), row_bytes, sums[held]);
   const int column = at.first_tile * B::OUT_COLUMNS;
   const unsigned biases = biases_of(B(), second, column);
-  consumers_meet<B>(); // all are done with the stages
-  leave_parts<B>(ring.base, sums[0]);
   Outbox<B> out(ring.outbox(warp));
-  cluster_sync();
-  write_split_tile<B, Finish::None>(second, out, ring.base, at, row, column, biases);
+  if constexpr (B::SPLIT == 1) {
+    write_tile<B, Finish::None>(second, out, sums, row, column, biases);
+  } else {
+    consumers_meet<B>(); // all are done with the stages
+#pragma unroll
+    for (int held = 0; held < B::HELD; ++held)
+      leave_parts<B>(ring.base, sums[held], held * B::SUMS);
+    cluster_sync();
+    write_split_tile<B, Finish::None>(second, out, ring.base, at, row, column, biases);
+  }
   out.close();
 }
 
@@ -355,14 +451,15 @@ template <class R> __global__ void __launch_bounds__(R::THREADS, 1) wide_kernel(
     if (threadIdx.x == 0)
       produce_wide(args, filled);
     __syncwarp();
-    if (static_cast<int>(blockIdx.x) / R::CLUSTER < args.second.tiles)
+    if (R::CLUSTER > 1 && static_cast<int>(blockIdx.x) / R::CLUSTER < args.second.tiles)
       cluster_sync(); // where the consumers exchange sums
   } else {
     if constexpr (R::CONSUMERS == 2)
       take_registers<Warpgroups<2>::CONSUMER_REGISTERS>();
     consume_wide(args, emptied);
   }
-  cluster_meet(); // nobody reads of a block that has ended
+  if (R::CLUSTER > 1)
+    cluster_meet(); // nobody reads of a block that has ended
 #endif
 }
 
@@ -371,12 +468,12 @@ template <class R> __global__ void __launch_bounds__(R::THREADS, 1) wide_kernel(
 
 struct WideVariant {
   bool gated;
-  int rows, first_columns, first_tile_columns, second_columns, split;
+  int rows, first_columns, first_tile_columns, second_columns, split, parts;
   int (*resident)(int *blocks);
-  int (*enqueue)(const Shape &shape, int dtype, Finish finish, float slope, cudaStream_t stream);
+  int (*enqueue)(const Shape &shape, int dtype, cudaStream_t stream);
 };
 
-template <class R> int enqueue_wide(const Shape &shape, int dtype, Finish finish, float slope, cudaStream_t stream) {
+template <class R> int enqueue_wide(const Shape &shape, int dtype, cudaStream_t stream) {
   using A = typename R::First;
   using B = typename R::Second;
   int resident = 0, status = resident_blocks<R, wide_kernel<R>>(&resident);
@@ -411,13 +508,15 @@ template <class R> int enqueue_wide(const Shape &shape, int dtype, Finish finish
   first.product.tokens = second.product.tokens = shape.tokens;
   first.product.columns = n;
   second.product.columns = o;
-  first.product.finish = finish;
-  first.product.slope = slope;
   first.tiles = divide_up(n, A::OUT_COLUMNS);
   second.tiles = divide_up(o, B::OUT_COLUMNS);
-  first.chunks = h / CHUNK;
+  first.chunks = first.part_chunks = h / CHUNK;
   second.chunks = n / CHUNK;
+  second.part_chunks = B::RING_BITS ? part_chunks(second.chunks, B::SPLIT * B::HELD) : divide_up(second.chunks, B::SPLIT * B::HELD);
   args.counters = shape.counters;
+  args.activation = shape.activation;
+  args.activation_param = static_cast<float>(shape.activation_param);
+  finish_of(static_cast<int>(shape.activation), &first.product.finish, &first.product.slope);
 
   const int blocks = divide_up(larger(first.tiles, second.tiles * B::SPLIT), B::SPLIT) * B::SPLIT;
   cudaLaunchAttribute attributes[2];
@@ -435,33 +534,43 @@ template <class R> int enqueue_wide(const Shape &shape, int dtype, Finish finish
   return cudaLaunchKernelEx(&config, wide_kernel<R>, args);
 }
 
-template <typename T, bool GATED, int ROWS, int COLUMNS, int CHUNKS, int SECOND_COLUMNS, int SPLIT, int SECOND_CHUNKS>
+template <typename T, bool GATED, int ROWS, int COLUMNS, int CHUNKS, int SECOND_COLUMNS, int SPLIT, int HELD, int SECOND_CHUNKS>
 constexpr WideVariant wide_variant() {
-  using A = WideTile<T, GATED, ROWS, COLUMNS, 1, CHUNKS>;
-  using R = WideRing<A, WideTile<T, false, ROWS, SECOND_COLUMNS, SPLIT, SECOND_CHUNKS>>;
-  return {GATED, ROWS, COLUMNS, A::OUT_COLUMNS, SECOND_COLUMNS, SPLIT, resident_blocks<R, wide_kernel<R>>, enqueue_wide<R>};
+  using A = WideTile<T, GATED, ROWS, COLUMNS, 1, 1, CHUNKS>;
+  using R = WideRing<A, WideTile<T, false, ROWS, SECOND_COLUMNS, SPLIT, HELD, SECOND_CHUNKS>>;
+  return {GATED,          ROWS,  COLUMNS,      A::OUT_COLUMNS,
+          SECOND_COLUMNS, SPLIT, SPLIT * HELD, resident_blocks<R, wide_kernel<R>>,
+          enqueue_wide<R>};
 }
 
 // The tiles that were fastest for some shape.
 template <typename T> const WideVariant *wide_variants(int *count) {
   static const WideVariant variants[] = {
-      // Gated: tokens; weights' rows and chunks of a stage; of the second layer weights' rows, split, chunks.
-      wide_variant<T, true, 64, 32, 2, 32, 4, 2>(),
-      wide_variant<T, true, 64, 96, 2, 32, 2, 3>(),
-      wide_variant<T, true, 64, 128, 1, 32, 2, 2>(),
-      wide_variant<T, true, 64, 96, 2, 64, 2, 2>(),
-      wide_variant<T, true, 64, 128, 1, 64, 2, 1>(),
-      wide_variant<T, true, 64, 128, 1, 128, 2, 1>(),
-      wide_variant<T, true, 128, 96, 1, 96, 4, 1>(),
-      wide_variant<T, true, 128, 128, 1, 64, 2, 1>(),
+      // Gated: tokens; weights' rows and chunks of a stage; of the second layer weights' rows, split, held, chunks.
+      wide_variant<T, true, 64, 32, 2, 32, 4, 1, 2>(),
+      wide_variant<T, true, 64, 64, 2, 48, 4, 1, 2>(),
+      wide_variant<T, true, 64, 96, 2, 64, 4, 1, 2>(),
+      wide_variant<T, true, 64, 96, 2, 32, 2, 2, 2>(),
+      wide_variant<T, true, 64, 128, 1, 32, 2, 2, 2>(),
+      wide_variant<T, true, 64, 64, 2, 48, 2, 2, 2>(),
+      wide_variant<T, true, 64, 96, 2, 48, 2, 2, 2>(),
+      wide_variant<T, true, 64, 96, 2, 64, 2, 1, 2>(),
+      wide_variant<T, true, 64, 128, 1, 64, 2, 1, 2>(),
+      wide_variant<T, true, 64, 128, 1, 128, 2, 1, 1>(),
+      wide_variant<T, true, 64, 96, 2, 32, 1, 1, 2>(),
+      wide_variant<T, true, 128, 96, 1, 96, 4, 1, 1>(),
+      wide_variant<T, true, 128, 128, 1, 64, 2, 1, 1>(),
       // Plain.
-      wide_variant<T, false, 64, 32, 3, 32, 4, 3>(),
-      wide_variant<T, false, 64, 48, 3, 48, 4, 3>(),
-      wide_variant<T, false, 64, 64, 2, 32, 2, 3>(),
-      wide_variant<T, false, 64, 32, 3, 64, 2, 2>(),
-      wide_variant<T, false, 64, 128, 1, 128, 2, 1>(),
-      wide_variant<T, false, 128, 32, 2, 32, 4, 2>(),
-      wide_variant<T, false, 128, 48, 1, 48, 4, 1>(),
+      wide_variant<T, false, 64, 32, 2, 32, 4, 1, 2>(),
+      wide_variant<T, false, 64, 48, 2, 48, 4, 1, 2>(),
+      wide_variant<T, false, 64, 64, 2, 64, 4, 1, 2>(),
+      wide_variant<T, false, 64, 64, 2, 32, 2, 2, 2>(),
+      wide_variant<T, false, 64, 48, 2, 48, 2, 2, 2>(),
+      wide_variant<T, false, 64, 64, 2, 64, 2, 1, 2>(),
+      wide_variant<T, false, 64, 128, 1, 128, 2, 1, 1>(),
+      wide_variant<T, false, 64, 32, 2, 32, 1, 1, 2>(),
+      wide_variant<T, false, 128, 32, 2, 32, 4, 1, 2>(),
+      wide_variant<T, false, 128, 48, 1, 48, 4, 1, 1>(),
   };
   *count = sizeof(variants) / sizeof(variants[0]);
   return variants;
@@ -486,15 +595,18 @@ double wide_cost(const WideVariant &v, const FusedMlpArgs &args, int resident) {
          (v.split == 4 ? 1.6 : 0.);
 }
 
-// The tiles of least cost for so many tokens; none where no tiles of the second layer are one wave.
-int choose_wide(const FusedMlpArgs &args, int tokens, const WideVariant **best) {
+// The tiles of least cost for so many tokens, of those that cut the second layer's depth as decode_hopper.cu does; none where
+// no tiles of the second layer are one wave.
+int choose_wide(const DeviceFacts &facts, const FusedMlpArgs &args, int tokens, const WideVariant **best) {
+  const int parts = depth_parts(decode_blocks(facts), args.output_size, args.intermediate_size);
   int count = 0;
   const WideVariant *const all =
       args.dtype == FUSED_MLP_F16 ? wide_variants<__half>(&count) : wide_variants<__nv_bfloat16>(&count);
   double least = HUGE_VAL;
   *best = nullptr;
   for (const WideVariant *v = all; v != all + count; ++v) {
-    if (v->gated != (args.gated != 0) || v->rows != (tokens <= NARROW_TOKENS ? NARROW_TOKENS : WIDE_TOKENS))
+    if (v->gated != (args.gated != 0) || v->rows != (tokens <= NARROW_TOKENS ? NARROW_TOKENS : WIDE_TOKENS) ||
+        (v->rows == NARROW_TOKENS && v->parts != parts))
       continue;
     int resident = 0;
     const int status = v->resident(&resident);
@@ -513,7 +625,7 @@ int choose_wide(const FusedMlpArgs &args, int tokens, const WideVariant **best) 
 }
 
 // The same, remembered: a model asks for few sizes again and again.
-int remembered_choice(const FusedMlpArgs &args, int tokens, const WideVariant **best) {
+int remembered_choice(const DeviceFacts &facts, const FusedMlpArgs &args, int tokens, const WideVariant **best) {
   struct Memory {
     int device, dtype, gated, hidden_size, intermediate_size, output_size;
     bool narrow, known;
@@ -531,7 +643,7 @@ int remembered_choice(const FusedMlpArgs &args, int tokens, const WideVariant **
       m.hidden_size != args.hidden_size || m.intermediate_size != args.intermediate_size ||
       m.output_size != args.output_size) {
     const WideVariant *found = nullptr;
-    const int status = choose_wide(args, tokens, &found);
+    const int status = choose_wide(facts, args, tokens, &found);
     if (status != FUSED_MLP_OK)
       return status;
     m = {device, args.dtype, args.gated, args.hidden_size, args.intermediate_size, args.output_size, narrow, true, found};
@@ -543,42 +655,41 @@ int remembered_choice(const FusedMlpArgs &args, int tokens, const WideVariant **
 } // namespace
 
 int wide_tokens_at_once(const DeviceFacts &device, const FusedMlpArgs &args, int *tokens) {
-  Finish finish;
-  float slope;
   *tokens = 0;
   if (!device.hopper || (args.dtype != FUSED_MLP_BF16 && args.dtype != FUSED_MLP_F16) || args.hidden_size % CHUNK != 0 ||
-      args.intermediate_size % CHUNK != 0 || args.output_size % 8 != 0 || !finish_of(args.activation, &finish, &slope))
+      args.intermediate_size % CHUNK != 0 || args.output_size % 8 != 0)
     return FUSED_MLP_OK;
   const WideVariant *narrow = nullptr, *wide = nullptr;
-  int status = remembered_choice(args, NARROW_TOKENS, &narrow);
-  if (status == FUSED_MLP_OK && args.tokens > NARROW_TOKENS)
-    status = remembered_choice(args, WIDE_TOKENS, &wide);
+  Finish finish;
+  float slope;
+  int status = remembered_choice(device, args, NARROW_TOKENS, &narrow);
+  if (status == FUSED_MLP_OK && args.tokens > NARROW_TOKENS && finish_of(args.activation, &finish, &slope))
+    status = remembered_choice(device, args, WIDE_TOKENS, &wide);
   *tokens = wide ? WIDE_TOKENS : narrow ? NARROW_TOKENS : 0;
   return status;
 }
 
-bool decode_wide_is_chosen(const FusedMlpArgs &args) {
+bool decode_wide_is_chosen(const DeviceFacts &device, const FusedMlpArgs &args) {
+  constexpr int FEWEST_TOKENS = 33, MOST_COLUMNS = 32; // of the output, for each multiprocessor
   constexpr long long MILLION = 1000000;
   const long long weights =
       1ll * args.intermediate_size * ((args.gated ? 2ll : 1ll) * args.hidden_size + args.output_size);
-  if (args.tokens <= NARROW_TOKENS || args.tokens > WIDE_TOKENS)
+  if (args.tokens < FEWEST_TOKENS || args.tokens > WIDE_TOKENS)
     return false;
+  if (args.tokens <= NARROW_TOKENS)
+    return args.output_size <= MOST_COLUMNS * device.multiprocessors;
   if (!args.gated)
     return weights >= 2 * MILLION && weights < 18 * MILLION;
   return (weights >= 30 * MILLION && weights < 40 * MILLION) ||
          (args.tokens > 96 && weights >= 64 * MILLION && weights < 256 * MILLION);
 }
 
-int launch_decode_wide(const Shape &shape, const FusedMlpArgs &args, cudaStream_t stream) {
+int launch_decode_wide(const Shape &shape, const FusedMlpArgs &args, const DeviceFacts &device, cudaStream_t stream) {
   const WideVariant *tiles = nullptr;
-  Finish finish;
-  float slope;
-  const int status = remembered_choice(args, shape.tokens, &tiles);
+  const int status = remembered_choice(device, args, shape.tokens, &tiles);
   if (status != FUSED_MLP_OK)
     return status;
-  if (!tiles || !finish_of(args.activation, &finish, &slope))
-    return FUSED_MLP_UNSUPPORTED;
-  return tiles->enqueue(shape, args.dtype, finish, slope, stream);
+  return tiles ? tiles->enqueue(shape, args.dtype, stream) : FUSED_MLP_UNSUPPORTED;
 }
 
 } // namespace fused_mlp

@@ -55,6 +55,7 @@ struct Product {
 //   SHARE: blocks of a cluster, with different rows, that share the copies of their weights
 //   PEERS: blocks of a cluster, with different columns, that share the copies of their rows
 //   SPLIT: parts of a tile's depth, a block of the cluster each, whose sums are added in the order of the blocks
+//   HELD: parts that each of these blocks has, where a warpgroup has one product of 64 rows
 //   LINKS: two clusters for a tile, the first of which hands its sums of half of the depth to the second through memory: a
 //   multiprocessor in ten is left over by clusters of four
 template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, bool PINGPONG_, int SHARE_, int PEERS_, int SPLIT_,
@@ -64,7 +65,7 @@ struct Tile : Warpgroups<ROWS_ == 192 ? 3 : 2> {
   using T = T_;
   using Bits = unsigned short; // of an element
   static constexpr bool GATED = GATED_, PINGPONG = PINGPONG_;
-  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SHARE = SHARE_, PEERS = PEERS_, SPLIT = SPLIT_, LINKS = LINKS_;
+  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SHARE = SHARE_, PEERS = PEERS_, SPLIT = SPLIT_, HELD = 1, LINKS = LINKS_;
   static constexpr int DEPTH = SWIZZLE_BYTES / sizeof(T); // of a stage
   static constexpr int CLUSTER = SHARE * PEERS * SPLIT;
   static constexpr int OUT_COLUMNS = GATED ? COLUMNS / 2 : COLUMNS;
@@ -260,7 +261,7 @@ template <class K> struct Place {
 };
 
 // A split tile's sums meet in shared memory, where each block of the cluster leaves its parts of them, and each adds up all
-// parts of a share of the columns in the order of the blocks.
+// parts of a share of the columns in the order of the blocks, and of each block's parts.
 template <class K> __device__ __forceinline__ unsigned part_address(unsigned sums_at, int i) {
   return sums_at + 4 * (K::CONSUMERS * WARPGROUP * i + threadIdx.x - WARPGROUP);
 }
@@ -274,7 +275,10 @@ template <class K> __device__ __forceinline__ float sum_of_parts(unsigned sums_a
   float sum = 0.f;
 #pragma unroll
   for (int block = 0; block < K::SPLIT; ++block)
-    sum += load_from_cluster(cluster_address(part_address<K>(sums_at, i), at.rank_of(at.share, at.peer, block)));
+#pragma unroll
+    for (int held = 0; held < K::HELD; ++held)
+      sum += load_from_cluster(cluster_address(part_address<K>(sums_at, held * K::SUMS + i),
+                                               at.rank_of(at.share, at.peer, block)));
   return sum;
 }
 

@@ -15,7 +15,8 @@ template <bool GATED_, int COLUMNS_, int SPLIT_> struct PartedTile : Warpgroups<
   using T = float;
   using Bits = float;
   static constexpr bool GATED = GATED_, PINGPONG = false;
-  static constexpr int ROWS = 64 * CONSUMERS, COLUMNS = COLUMNS_, SHARE = 1, PEERS = 1, SPLIT = SPLIT_, LINKS = 1, CLUSTER = SPLIT;
+  static constexpr int ROWS = 64 * CONSUMERS, COLUMNS = COLUMNS_, SHARE = 1, PEERS = 1, SPLIT = SPLIT_, HELD = 1, LINKS = 1,
+                       CLUSTER = SPLIT;
   static constexpr int DEPTH = SWIZZLE_BYTES / sizeof(T);
   static constexpr int OUT_COLUMNS = GATED ? COLUMNS / 2 : COLUMNS, SUMS = COLUMNS / 2;
   static constexpr int BOXES = 2;
@@ -26,7 +27,7 @@ template <bool GATED_, int COLUMNS_, int SPLIT_> struct PartedTile : Warpgroups<
   static constexpr int FIT = (SHARED_BYTES - SWIZZLE_ALIGN - BIAS_BYTES - 256) / STAGE_BYTES;
   static constexpr int STAGES = FIT < 8 ? FIT : 8;
   static constexpr int TOTAL_BYTES = SWIZZLE_ALIGN + STAGES * STAGE_BYTES + 8 * CHUNK_BYTES + BIAS_BYTES + 24 * STAGES;
-  static_assert(SPLIT == 1 || CONSUMERS * WARPGROUP * SUMS * 4 <= STAGES * STAGE_BYTES, "sums meet in the stages");
+  static_assert(SPLIT == 1 || HELD * CONSUMERS * WARPGROUP * SUMS * 4 <= STAGES * STAGE_BYTES, "sums meet in the stages");
 };
 
 #ifdef FUSED_MLP_HOPPER

@@ -2,13 +2,14 @@
 //
 //   nvcc -std=c++17 -O3 -arch=sm_90a -I. -o harness/harness harness/harness.cu decode*.cu
 //
-//   harness check [quick|wide]   against an f64 reference, poisoned outputs, determinism, row invariance
+//   harness check [quick|wide]   against an f64 reference, poisoned outputs, determinism, row invariance, the ring's bits
 //   harness stress N        N launches on two streams and two threads beside a foreign kernel, outputs compared
 //   harness held            launches while a foreign kernel holds 1, 60 or 131 multiprocessors (100 where clusters need some)
 //   harness select [PATH]   a small selection for compute-sanitizer, of one path or of all
 //   harness soak SECONDS    random shapes against f64, each run twice
 //   harness graph N         capture once, replay N times
 //   harness time [DTYPE [TOKENS...]]   a cold stack of layers, on a stream and in a graph; the read bandwidth first
+//   harness turns PATH PATH [DTYPE [TOKENS...]]   two paths by turns on the same stacks
 //   harness host            the host's part of one call
 #include "activation.cuh"
 #include "fused_mlp.h"
@@ -295,17 +296,14 @@ void check_case(const Case &c, unsigned seed, bool again = true) {
 }
 
 // Rows of a call with as many as the kernel takes against calls with fewer of them, at several first rows.
-void check_rows(Case c, unsigned seed) {
-  const bool wide = c.path == FUSED_MLP_PATH_WIDE;
-  const int most = wide ? c.tokens : 64;
-  c.tokens = most;
+void check_rows(const Case &c, unsigned seed) {
+  const int most = c.tokens;
   Problem p(c, seed);
   CUDA_OK(cudaMemset(p.args.out, 0xff, p.out_bytes()));
   STATUS_OK(fused_mlp_decode(&p.args, 0));
   const size_t e = element_bytes(c.dtype), row = size_t(c.output) * e;
   Buffer part(p.out_bytes());
-  const int counts[] = {1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127};
-  for (int count : counts) {
+  for (int count : {1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 127}) {
     if (most > 64 && count <= 64)
       continue; // other tiles
     for (int first : {0, 5, most - count}) {
@@ -329,10 +327,43 @@ void check_rows(Case c, unsigned seed) {
   }
 }
 
+// The ring's rows and those of the kernel for some dozens of tokens, of calls with any number of them, against each row alone
+// on the ring.
+void check_bits(Case c, unsigned seed) {
+  c.tokens = 64;
+  c.path = FUSED_MLP_PATH_HOPPER;
+  Problem p(c, seed);
+  const size_t e = element_bytes(c.dtype), row = size_t(c.output) * e;
+  Buffer alone(p.out_bytes());
+  const auto decode = [&](int path, int first, int count, void *out) {
+    FusedMlpArgs a = p.args;
+    a.x = static_cast<const char *>(a.x) + first * a.x_stride * e;
+    a.tokens = count;
+    a.path = path;
+    a.out = out;
+    CUDA_OK(cudaMemset(out, 0xff, count * row));
+    STATUS_OK(fused_mlp_decode(&a, 0));
+  };
+  for (int i = 0; i < c.tokens; ++i)
+    decode(FUSED_MLP_PATH_HOPPER, i, 1, static_cast<char *>(alone.p) + i * row);
+  for (int path : {FUSED_MLP_PATH_HOPPER, FUSED_MLP_PATH_WIDE})
+    for (int count = 1; count <= c.tokens; ++count) {
+      const int first = count * 37 % (c.tokens - count + 1);
+      decode(path, first, count, p.args.out);
+      const unsigned long long different =
+          differing_bytes(static_cast<char *>(alone.p) + first * row, p.args.out, count * row);
+      ++checks;
+      if (different) {
+        ++failures;
+        std::printf("FAIL %s: on path %d %d rows from %d differ from each alone in %llu bytes\n", describe(c).c_str(), path,
+                    count, first, different);
+      }
+    }
+}
+
 // What runs some dozens of tokens.
 void check_wide() {
   unsigned seed = 4000;
-  const int activations[] = {6, 0, 1, 2, 3}; // that the kernel has
   const struct {
     int h, i, o;
   } sizes[] = {{64, 64, 8},          {576, 1536, 576},    {768, 3072, 768},    {128, 4864, 896},   {512, 2048, 392},
@@ -344,17 +375,31 @@ void check_wide() {
         for (int t : {1, 7, 33, 64, 65, 100, 128, 200}) {
           if (d.h > 2048 && t != 33 && t != 128)
             continue;
-          check_case({dtype, gated, d.h, d.i, d.o, t, activations[seed % 5], 0.f, int(seed % 8), seed % 3 ? 0 : 8, 0,
+          check_case({dtype, gated, d.h, d.i, d.o, t, int(seed % ACTIVATIONS), 0.3f, int(seed % 8), seed % 3 ? 0 : 8, 0,
                       FUSED_MLP_PATH_WIDE, (seed & 4) != 0},
                      seed * 97, true);
           ++seed;
         }
-  for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16})
-    for (int most : {64, 128}) {
-      check_rows({dtype, 1, 576, 1536, 576, most, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false}, seed++ * 97);
-      check_rows({dtype, 0, 768, 3072, 768, most, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false}, seed++ * 97);
-      check_rows({dtype, 1, 4096, 14336, 4096, most, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false}, seed++ * 97);
-    }
+  for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16}) {
+    check_rows({dtype, 1, 576, 1536, 576, 128, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false}, seed++ * 97);
+    check_rows({dtype, 0, 768, 3072, 768, 128, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false}, seed++ * 97);
+    check_rows({dtype, 1, 4096, 14336, 4096, 128, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false}, seed++ * 97);
+  }
+  // A second layer of one, two, three and four parts, of odd and even numbers of chunks, the last one shorter or not.
+  const struct {
+    int h, i, o;
+  } parted[] = {{64, 64, 8},         {64, 192, 72},       {192, 320, 200},    {576, 1536, 576},   {768, 3072, 768},
+                {1024, 2816, 1000},  {128, 4864, 896},    {1280, 5120, 1280}, {1600, 6400, 1600}, {2048, 5632, 2048},
+                {2048, 8192, 2048},  {2560, 6912, 2560},  {3072, 8192, 3072}, {320, 4160, 3584},  {256, 3520, 4096},
+                {4096, 4096, 4096},  {4096, 14336, 4096}, {512, 28672, 8192}};
+  for (const auto &d : parted)
+    for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16})
+      for (int gated : {0, 1}) {
+        check_bits({dtype, gated, d.h, d.i, d.o, 0, int(seed % ACTIVATIONS), 0.3f, int(seed % 8), seed % 3 ? 0 : 8, 0, 0,
+                    (seed & 4) != 0},
+                   seed * 97);
+        ++seed;
+      }
   std::printf("wide: %d checks, %d failures; worst rel l2: bf16 %.2e f16 %.2e\n", checks, failures, worst[0], worst[1]);
 }
 
@@ -423,6 +468,7 @@ int run_check(bool quick) {
       check_rows({dtype, 1, 2048, 5632, 2048, 64, 6, 0.f, 0, 0, 0, FUSED_MLP_PATH_DIRECT, false}, seed++ * 97);
       check_rows({dtype, 1, 8192, 28672, 8192, 64, 6, 0.f, 0, 0, 0, 0, false}, seed++ * 97);
       check_rows({dtype, 0, 4096, 4096, 4096, 64, 0, 0.f, 7, 0, 0, 0, false}, seed++ * 97);
+      check_rows({dtype, 1, 2048, 5632, 2048, 64, 6, 0.f, 7, 0, 0, 0, false}, seed++ * 97);
     }
   }
   std::printf("check: %d checks, %d failures; worst rel l2: bf16 %.2e f16 %.2e f32 %.2e f64 %.2e\n", checks, failures,
@@ -561,8 +607,8 @@ int run_stress(int launches) {
   int bad = 0;
   const Case cases[] = {{FUSED_MLP_BF16, 1, 576, 1536, 576, 1, 6, 0.f, 0, 0, 0, 0, false},
                         {FUSED_MLP_BF16, 1, 2048, 5632, 2048, 3, 6, 0.f, 7, 0, 0, 0, false},
-                        {FUSED_MLP_F16, 0, 768, 3072, 768, 64, 0, 0.f, 7, 0, 0, 0, false},
-                        {FUSED_MLP_BF16, 1, 1024, 2816, 1024, 40, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false},
+                        {FUSED_MLP_F16, 0, 768, 3072, 768, 64, 0, 0.f, 7, 0, 0, FUSED_MLP_PATH_HOPPER, false},
+                        {FUSED_MLP_BF16, 1, 1024, 2816, 1024, 40, 6, 0.f, 7, 0, 0, 0, false},
                         {FUSED_MLP_F16, 0, 768, 3072, 768, 100, 0, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false},
                         {FUSED_MLP_F32, 1, 576, 1536, 576, 20, 6, 0.f, 7, 0, 0, 0, false},
                         {FUSED_MLP_F32, 1, 64, 172, 64, 5, 6, 0.f, 7, 0, 0, 0, false},
@@ -631,12 +677,15 @@ int run_stress(int launches) {
 }
 
 int run_graph(int replays) {
-  int bad = 0;
+  int bad = 0, graphs = 0;
   for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F32})
-    for (int tokens : {1, 64, 100}) {
+    for (int tokens : {1, 40, 64, 100}) {
       if (tokens == 100 && dtype == FUSED_MLP_F32)
         continue;
-      const int path = tokens == 100 ? FUSED_MLP_PATH_WIDE : FUSED_MLP_PATH_AUTO;
+      ++graphs;
+      const int path = tokens == 100  ? FUSED_MLP_PATH_WIDE
+                       : tokens == 64 ? FUSED_MLP_PATH_HOPPER
+                                      : FUSED_MLP_PATH_AUTO;
       Problem p({dtype, 1, 576, 1536, 576, tokens, 6, 0.f, 7, 0, 0, path, false}, 77);
       cudaStream_t stream;
       CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -661,7 +710,7 @@ int run_graph(int replays) {
       CUDA_OK(cudaGraphDestroy(graph));
       CUDA_OK(cudaStreamDestroy(stream));
     }
-  std::printf("graph: 5 x %d replays of 4 launches, %d wrong\n", replays, bad);
+  std::printf("graph: %d x %d replays of 4 launches, %d wrong\n", graphs, replays, bad);
   return bad != 0;
 }
 
@@ -729,10 +778,11 @@ struct Stack {
       fill_normal<<<2048, 256>>>(owned.back().p, n, dtype, seed++, scale);
       return owned.back().p;
     };
-    void *x = tensor(size_t(64) * hidden, 1.f);
-    void *const between[2] = {tensor(size_t(64) * hidden, 1.f), tensor(size_t(64) * hidden, 1.f)};
+    constexpr int MOST_TOKENS = 128;
+    void *x = tensor(size_t(MOST_TOKENS) * hidden, 1.f);
+    void *const between[2] = {tensor(size_t(MOST_TOKENS) * hidden, 1.f), tensor(size_t(MOST_TOKENS) * hidden, 1.f)};
     FusedMlpArgs a = {};
-    a.tokens = 64;
+    a.tokens = MOST_TOKENS;
     a.hidden_size = a.output_size = hidden;
     a.intermediate_size = intermediate;
     a.dtype = dtype;
@@ -846,6 +896,57 @@ int run_time(const std::string &dtypes, std::vector<int> tokens) {
   return 0;
 }
 
+// Each time is the median of three, the paths one after the other in each. MLPs that one of them does not take are left out.
+int run_turns(const std::string &a, const std::string &b, const std::string &dtypes, std::vector<int> tokens) {
+  if (tokens.empty())
+    tokens = {33, 48, 64};
+  const auto path_of = [](const std::string &name) {
+    const auto at = std::find(std::begin(PATH_NAMES), std::end(PATH_NAMES), name);
+    if (at == std::end(PATH_NAMES)) {
+      std::printf("no path: %s\n", name.c_str());
+      std::exit(1);
+    }
+    return int(at - std::begin(PATH_NAMES));
+  };
+  const int paths[2] = {path_of(a), path_of(b)};
+  cudaDeviceProp prop;
+  CUDA_OK(cudaGetDeviceProperties(&prop, 0));
+  std::printf("%s\n| MLP | dtype | tokens | %s, stream us | %s | ratio | %s, graph us | %s | ratio |\n"
+              "|---|---|---|---|---|---|---|---|---|\n",
+              prop.name, a.c_str(), b.c_str(), a.c_str(), b.c_str());
+  for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16, FUSED_MLP_F32})
+    for (const Model &m : MODELS) {
+      if (dtypes != "all" && dtypes != DTYPE_NAMES[dtype])
+        continue;
+      Stack stack(dtype, m.gated, m.hidden, m.intermediate, m.biases, prop.l2CacheSize);
+      const auto takes = [&](int path, int t) {
+        FusedMlpArgs args = stack.layers[0];
+        args.tokens = t;
+        args.path = path;
+        return fused_mlp_decode_path(&args, &path) == 0;
+      };
+      for (int t : tokens) {
+        if (!takes(paths[0], t) || !takes(paths[1], t))
+          continue;
+        double found[2][2]; // in a graph or not, which path
+        for (bool in_graph : {false, true}) {
+          std::vector<double> times[2];
+          for (int turn = 0; turn < 3; ++turn)
+            for (int i : {0, 1})
+              times[i].push_back(stack.time(t, paths[i], in_graph, stack.weight_bytes / 3.2e6));
+          for (int i : {0, 1})
+            found[in_graph][i] = median(times[i]);
+        }
+        std::printf("| %s | %s | %d |", m.name, DTYPE_NAMES[dtype], t);
+        for (const auto &f : found)
+          std::printf(" %.2f | %.2f | %.3f |", f[0], f[1], f[1] / f[0]);
+        std::printf("\n");
+        std::fflush(stdout);
+      }
+    }
+  return 0;
+}
+
 int run_host() {
   Problem p({FUSED_MLP_BF16, 1, 576, 1536, 576, 1, 6, 0.f, 0, 0, 0, 0, false}, 7);
   cudaStream_t stream;
@@ -890,9 +991,15 @@ int main(int argc, char **argv) {
       tokens.push_back(std::atoi(argv[i]));
     return run_time(argc > 2 ? argv[2] : "all", tokens);
   }
+  if (mode == "turns" && argc > 3) {
+    std::vector<int> tokens;
+    for (int i = 5; i < argc; ++i)
+      tokens.push_back(std::atoi(argv[i]));
+    return run_turns(argv[2], argv[3], argc > 4 ? argv[4] : "all", tokens);
+  }
   if (mode == "host")
     return run_host();
   std::printf("usage: harness check [quick|wide] | stress N | held | select [PATH] | soak SECONDS | graph N | "
-              "time [DTYPE [TOKENS...]] | host\n");
+              "time [DTYPE [TOKENS...]] | turns PATH PATH [DTYPE [TOKENS...]] | host\n");
   return 1;
 }
