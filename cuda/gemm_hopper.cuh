@@ -27,7 +27,8 @@ template <int CONSUMERS_> struct Warpgroups {
 
 // A product as the kernel takes it.
 struct Product {
-  CUtensorMap rows;    // tokens x depth, in boxes of `box_rows`
+  CUtensorMap rows;    // tokens x depth, in boxes of what a block copies of a tile's rows
+  CUtensorMap last_rows; // the same in boxes of `box_rows`, for a tile that is not all tokens
   CUtensorMap weights; // of a gated tile: the gate
   CUtensorMap up;      // the other half of a tile's weights: up, or the same weights
   CUtensorMap out;     // in boxes of a warp's rows and a chunk of columns, if the kernel writes by copies
@@ -70,7 +71,7 @@ struct Tile : Warpgroups<ROWS_ == 192 ? 3 : 2> {
   static constexpr int OUT_COLUMNS = GATED ? COLUMNS / 2 : COLUMNS;
   static constexpr int PARTS = ROWS / (PINGPONG ? 64 : 64 * CONSUMERS); // products of 64 rows in a warpgroup
   static constexpr int SUMS = COLUMNS / 2;                              // of a thread, per part
-  static constexpr int BOXES = 2; // in which a tile's weights are copied
+  static constexpr int BOXES = GATED || SHARE > 1 ? 2 : 1; // in which a tile's weights are copied
   static constexpr int ROW_BYTES = ROWS * SWIZZLE_BYTES, BOX_BYTES = COLUMNS / BOXES * SWIZZLE_BYTES;
   static constexpr int STAGE_BYTES = ROW_BYTES + BOXES * BOX_BYTES;
   // Columns that a warp writes at once, from one of two buffers of its own; where blocks share the writing, as few as
@@ -116,7 +117,7 @@ template <class K> struct Outbox {
   }
   // Waits until the buffer that is next may be written.
   __device__ void open() const {
-    if (threadIdx.x % 32 == 0)
+    if (elected())
       copies_out_wait<1>();
     __syncwarp();
   }
@@ -124,7 +125,7 @@ template <class K> struct Outbox {
   __device__ void send(const Product &p, int row, int column) {
     fence_shared_copies();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) {
+    if (elected()) {
       if (row < p.tokens && column < p.columns)
         copy_box_out(&p.out, column, row, buffers + turn * K::CHUNK_BYTES);
       copies_out_commit();
@@ -133,7 +134,7 @@ template <class K> struct Outbox {
   }
   // Waits until all has been sent.
   __device__ void close() const {
-    if (threadIdx.x % 32 == 0)
+    if (elected())
       copies_out_wait<0>();
   }
 };
@@ -298,45 +299,49 @@ template <class K> __device__ __forceinline__ void produce(const Product &p, con
   const int step = at.step, tiles = p.row_tiles * p.column_tiles;
   const int first_stage = at.first_stage(p.stages), end_stage = at.end_stage(p.stages);
   int row = 0, column = 0, boxes = 0;
+  bool whole = false; // all of a tile's rows are tokens
   const auto place = [&](int tile) {
     row = at.row_of(p, tile);
     column = at.column_of(p, tile);
+    whole = row + K::ROWS <= p.tokens;
     // None of those that lie outside: they would take longer than what is there. Their rows' sums go nowhere.
-    boxes = min(max(p.tokens - row + p.box_rows - 1, 0), K::ROWS) / p.box_rows;
+    boxes = whole ? 0 : max(p.tokens - row + p.box_rows - 1, 0) / p.box_rows;
   };
   const auto expect = [&](int stage) {
-    barrier_arrive_expect(ring.full(stage), boxes * p.box_rows * SWIZZLE_BYTES + K::BOXES * K::BOX_BYTES);
+    barrier_arrive_expect(ring.full(stage),
+                          (whole ? K::ROW_BYTES : boxes * p.box_rows * SWIZZLE_BYTES) + K::BOXES * K::BOX_BYTES);
   };
   // Part of a tile's weights: the gate's or up's rows, or rows of the one weight.
-  const auto part_map = [&](int part) { return part < K::BOXES / 2 ? &p.weights : &p.up; };
-  const auto part_row = [&](int part) {
-    return column + (K::GATED ? part % (K::BOXES / 2) : part) * (K::COLUMNS / K::BOXES);
-  };
-  const unsigned long long once = evict_first_policy(), again = evict_normal_policy();
-  const unsigned long long weights_policy = p.row_tiles == 1 ? once : again;
+  const auto part_map = [&](int part) { return K::GATED && part > 0 ? &p.up : &p.weights; };
+  const auto part_row = [&](int part) { return K::GATED ? column : column + part * (K::COLUMNS / K::BOXES); };
   const auto copy_weights = [&](int stage, int depth) {
     if constexpr (K::SHARE == 1) {
 #pragma unroll
-      for (int part = 0; part < 2; ++part)
+      for (int part = 0; part < K::BOXES; ++part)
         copy_box(ring.weights(stage) + part * K::BOX_BYTES, part_map(part), depth * K::DEPTH, part_row(part),
-                 ring.full(stage), weights_policy);
+                 ring.full(stage));
     } else {
       copy_box_to_cluster(ring.weights(stage) + at.share * K::BOX_BYTES, part_map(at.share), depth * K::DEPTH,
-                          part_row(at.share), ring.full(stage), ((1 << K::SHARE) - 1) << at.rank_of(0, at.peer, at.split),
-                          weights_policy);
+                          part_row(at.share), ring.full(stage),
+                          ((1 << K::SHARE) - 1) << at.rank_of(0, at.peer, at.split));
+    }
+  };
+  const auto copy_row_box = [&](const CUtensorMap *map, int stage, int depth, int first) {
+    const unsigned to = ring.rows(stage) + first * SWIZZLE_BYTES;
+    if constexpr (K::PEERS == 1) {
+      copy_box(to, map, depth * K::DEPTH, row + first, ring.full(stage));
+    } else {
+      static_assert(K::PEERS == 2, "the blocks of the mask");
+      copy_box_to_cluster(to, map, depth * K::DEPTH, row + first, ring.full(stage),
+                          (1 << at.rank_of(at.share, 0, at.split)) | (1 << at.rank_of(at.share, 1, at.split)));
     }
   };
   const auto copy_rows = [&](int stage, int depth) {
-    for (int box = at.peer; box < boxes; box += K::PEERS) {
-      const unsigned to = ring.rows(stage) + box * p.box_rows * SWIZZLE_BYTES;
-      if constexpr (K::PEERS == 1) {
-        copy_box(to, &p.rows, depth * K::DEPTH, row + box * p.box_rows, ring.full(stage), again);
-      } else {
-        static_assert(K::PEERS == 2, "the blocks of the mask");
-        copy_box_to_cluster(to, &p.rows, depth * K::DEPTH, row + box * p.box_rows, ring.full(stage),
-                            (1 << at.rank_of(at.share, 0, at.split)) | (1 << at.rank_of(at.share, 1, at.split)), again);
-      }
-    }
+    if (whole)
+      return copy_row_box(&p.rows, stage, depth, at.peer * (K::ROWS / K::PEERS));
+#pragma unroll 1
+    for (int box = at.peer; box < boxes; box += K::PEERS)
+      copy_row_box(&p.last_rows, stage, depth, box * p.box_rows);
   };
 
   int tile = at.first_tile, depth = first_stage;
@@ -348,8 +353,9 @@ template <class K> __device__ __forceinline__ void produce(const Product &p, con
       expect(i);
       copy_weights(i, first_stage + i);
     } else if (K::SHARE == 1) {
-      prefetch_box(&p.weights, (first_stage + i) * K::DEPTH, part_row(0));
-      prefetch_box(&p.up, (first_stage + i) * K::DEPTH, part_row(1));
+#pragma unroll
+      for (int part = 0; part < K::BOXES; ++part)
+        prefetch_box(part_map(part), (first_stage + i) * K::DEPTH, part_row(part));
     } else {
       prefetch_box(part_map(at.share), (first_stage + i) * K::DEPTH, part_row(at.share));
     }
@@ -453,7 +459,7 @@ __device__ __forceinline__ void hand_over(const Product &p, const Place<K> &at, 
 template <class K> __device__ __forceinline__ void consume(const Product &p, const Ring<K> &ring, const Place<K> &at) {
   using T = typename K::T;
   wait_for_previous_kernel();
-  const int consumer = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP;
+  const int consumer = warp_of_block() / 4 - 1, thread = threadIdx.x % WARPGROUP;
   const int step = at.step, tiles = p.row_tiles * p.column_tiles;
   const int stages = at.end_stage(p.stages) - at.first_stage(p.stages);
   const bool has_biases = p.bias || p.bias_up;
@@ -592,7 +598,7 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, 1) product_kern
     cluster_meet();
   if (threadIdx.x < WARPGROUP) {
     give_registers<K::PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0)
+    if (warp_of_block() == 0 && elected())
       produce(p, ring, at);
     __syncwarp();
     if (K::SPLIT > 1)
@@ -657,7 +663,9 @@ template <class K, void (*KERNEL)(Product)> int enqueue(const Operands &o, cudaS
   p.box_rows = o.tokens < K::ROWS ? o.tokens : 64;
   const int box_columns = K::COLUMNS / K::BOXES;
   if (status == FUSED_MLP_OK)
-    status = encode_tensor_map(&p.rows, o.dtype, o.rows, o.tokens, o.depth, o.rows_stride, p.box_rows);
+    status = encode_tensor_map(&p.rows, o.dtype, o.rows, o.tokens, o.depth, o.rows_stride, K::ROWS / K::PEERS);
+  if (status == FUSED_MLP_OK)
+    status = encode_tensor_map(&p.last_rows, o.dtype, o.rows, o.tokens, o.depth, o.rows_stride, p.box_rows);
   if (status == FUSED_MLP_OK)
     status = encode_tensor_map(&p.weights, o.dtype, o.weights, o.columns, o.depth, o.weights_stride, box_columns);
   if (status == FUSED_MLP_OK)

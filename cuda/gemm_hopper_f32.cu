@@ -292,9 +292,11 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, 1) parted_kerne
     cluster_meet();
   if (threadIdx.x < WARPGROUP) {
     give_registers<K::PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0)
-      produce(p, ring, at);
-    else if (threadIdx.x >= 32)
+    const int warp = warp_of_block();
+    if (warp == 0) {
+      if (elected())
+        produce(p, ring, at);
+    } else
       part_weights(p, ring, at);
     __syncwarp();
     if (K::SPLIT > 1)

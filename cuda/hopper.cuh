@@ -59,21 +59,22 @@ __device__ __forceinline__ void barrier_wait(unsigned barrier, unsigned parity) 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tensor copies
 
+// True in one thread of a warp, always the same one. The compiler knows that it is one: a copy's operands, which the hardware takes
+// from registers of the warp, are then put there once and not in a loop over the threads that might differ.
+__device__ __forceinline__ bool elected() {
+  unsigned chosen;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}\n" : "=r"(chosen)::"memory");
+  return chosen;
+}
+// The number of a thread's warp in its block, which the compiler knows to be the same for all of the warp.
+__device__ __forceinline__ int warp_of_block() { return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0); }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// For what is read as often as all else.
-__device__ __forceinline__ unsigned long long evict_normal_policy() {
-  unsigned long long policy;
-  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
 // A box of the matrix, from `column` and `row` on, to shared memory; zeros outside the matrix. The barrier gets the box's bytes.
-__device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap *map, int column, int row, unsigned barrier,
-                                         unsigned long long policy) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-               "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-               "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+__device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap *map, int column, int row, unsigned barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+               "l"(map), "r"(column), "r"(row), "r"(barrier)
                : "memory");
 }
 // The same as far as L2: nothing that this kernel reads before it has to, should another kernel be writing it.
@@ -99,11 +100,10 @@ __device__ __forceinline__ void fence_global_copies() { asm volatile("fence.prox
 // A box to the same place in every block of the cluster that `blocks` has a bit for; each block's barrier at the same place
 // gets the bytes.
 __device__ __forceinline__ void copy_box_to_cluster(unsigned to, const CUtensorMap *map, int column, int row,
-                                                    unsigned barrier, unsigned short blocks,
-                                                    unsigned long long policy) {
+                                                    unsigned barrier, unsigned short blocks) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-               ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
-               "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks), "l"(policy)
+               " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+               "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
                : "memory");
 }
 
