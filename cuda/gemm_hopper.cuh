@@ -74,9 +74,9 @@ struct Tile : Warpgroups<ROWS_ == 192 ? 3 : 2> {
   static constexpr int BOXES = GATED || SHARE > 1 ? 2 : 1; // in which a tile's weights are copied
   static constexpr int ROW_BYTES = ROWS * SWIZZLE_BYTES, BOX_BYTES = COLUMNS / BOXES * SWIZZLE_BYTES;
   static constexpr int STAGE_BYTES = ROW_BYTES + BOXES * BOX_BYTES;
-  // Columns that a warp writes at once, from one of two buffers of its own; where blocks share the writing, as few as
-  // can be.
-  static constexpr int CHUNK = SPLIT > 1 ? 16 : OUT_COLUMNS % 64 == 0 ? 64 : OUT_COLUMNS % 32 == 0 ? 32 : 16;
+  // Columns that a warp writes at once, from one of two buffers of its own.
+  static constexpr int WRITTEN = OUT_COLUMNS / SPLIT; // columns of a block
+  static constexpr int CHUNK = WRITTEN % 64 == 0 ? 64 : WRITTEN % 32 == 0 ? 32 : 16;
   static constexpr int CHUNK_BYTES = 16 * CHUNK * 2;
   static constexpr int WRITE_BYTES = CONSUMERS * 4 * 2 * CHUNK_BYTES;
   static constexpr int BIAS_BYTES = CONSUMERS * COLUMNS * 2;
@@ -94,6 +94,9 @@ struct Tile : Warpgroups<ROWS_ == 192 ? 3 : 2> {
 
 __device__ __forceinline__ void store_shared(unsigned address, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
+__device__ __forceinline__ void store_shared(unsigned address, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 __device__ __forceinline__ void store_shared(unsigned address, unsigned short v) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
@@ -139,21 +142,29 @@ template <class K> struct Outbox {
   }
 };
 
-// Finishes 16 columns of a tile, the `unit`th, and puts them at `place`: values[i][2 r + e] is row lane / 4 + 8 r, column
-// 8 i + 2 (lane % 4) + e. `biases` is the tile's in shared memory, or 0 where there is none.
+// Biases of a thread's columns of a unit of 16: [0] of the gate, or of plain columns, [1] of up; zeros where there are none.
+template <class K> struct UnitBiases {
+  float2 of[2][2];
+  // `biases` is the tile's in shared memory, or 0.
+  __device__ UnitBiases(unsigned biases, int unit) : of{} {
+    if (biases)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const unsigned at = biases + 2 * (16 * unit + 8 * i + 2 * (threadIdx.x % 4));
+        of[0][i] = unpack(typename K::T(), load_shared_4(at));
+        if (K::GATED)
+          of[1][i] = unpack(typename K::T(), load_shared_4(at + 2 * K::OUT_COLUMNS));
+      }
+  }
+};
+
+// Finishes 16 columns of a tile: values[i][2 r + e] is row lane / 4 + 8 r, column 8 i + 2 (lane % 4) + e.
 template <class K, Finish FINISH>
-__device__ __forceinline__ void put_columns(const Product &p, unsigned place, int unit, unsigned biases,
-                                            const float (&values)[2][4], const float (&up)[2][4]) {
-  unsigned packed[2][2];
+__device__ __forceinline__ void finish_columns(const Product &p, const UnitBiases<K> &biases, const float (&values)[2][4],
+                                               const float (&up)[2][4], unsigned (&packed)[2][2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float2 bias = {0.f, 0.f}, bias_up = {0.f, 0.f};
-    if (biases) {
-      const unsigned at = biases + 2 * (16 * unit + 8 * i + 2 * (threadIdx.x % 4));
-      bias = unpack(typename K::T(), load_shared_4(at));
-      if (K::GATED)
-        bias_up = unpack(typename K::T(), load_shared_4(at + 2 * K::OUT_COLUMNS));
-    }
+    const float2 bias = biases.of[0][i], bias_up = biases.of[1][i];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float low = finished<FINISH>(values[i][2 * r] + bias.x, p.slope);
@@ -165,20 +176,35 @@ __device__ __forceinline__ void put_columns(const Product &p, unsigned place, in
       packed[i][r] = pack(typename K::T(), low, high);
     }
   }
-  store_matrices(place, packed[0][0], packed[0][1], packed[1][0], packed[1][1]);
 }
 
-// A thread's sums of 16 output columns, the `unit`th: of the gate, or of plain columns, and of up.
-template <class K, typename Sum>
-__device__ __forceinline__ void gather(Sum sum, int unit, float (&values)[2][4], float (&up)[2][4]) {
+// Finishes a chunk of a warp's rows, whose first unit of 16 columns is the tile's `first`th, and sends it to `row` and `column` of the
+// output. `sum(unit, i)` gives the thread's i-th sum of a unit of the chunk, of the gate or of plain columns, and from 8 on of
+// up. All is finished before any of it is stored: loads and stores of shared memory keep their order, and
+// between them there would be too little to do at once.
+template <class K, Finish FINISH, typename Sum>
+__device__ __forceinline__ void write_chunk(const Product &p, Outbox<K> &outbox, int first, int row, int column,
+                                            unsigned biases, Sum sum) {
+  constexpr int STEP = K::CHUNK / 16;
+  unsigned packed[STEP][2][2];
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int unit = 0; unit < STEP; ++unit) {
+    float values[2][4], up[2][4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      values[i][j] = sum(4 * (2 * unit + i) + j);
-      if (K::GATED)
-        up[i][j] = sum(4 * (2 * unit + i) + j + K::SUMS / 2);
-    }
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        values[i][j] = sum(unit, 4 * i + j);
+        if (K::GATED)
+          up[i][j] = sum(unit, 4 * i + j + 8);
+      }
+    finish_columns<K, FINISH>(p, UnitBiases<K>(biases, first + unit), values, up, packed[unit]);
+  }
+  outbox.open();
+#pragma unroll
+  for (int unit = 0; unit < STEP; ++unit)
+    store_matrices(outbox.place(unit), packed[unit][0][0], packed[unit][0][1], packed[unit][1][0], packed[unit][1][1]);
+  outbox.send(p, row, column + 16 * first);
 }
 
 // Writes a warp's rows of a tile. Registers have no index at run time, so code for every unit of a tile would be tens of
@@ -192,14 +218,9 @@ __device__ __forceinline__ void write_tile(const Product &p, Outbox<K> &outbox, 
   for (int part = 0; part < K::PARTS; ++part) {
 #pragma unroll 1
     for (int first = 0; first < UNITS; first += STEP) {
-      outbox.open();
-#pragma unroll
-      for (int unit = 0; unit < STEP; ++unit) {
-        float values[2][4], up[2][4];
-        gather<K>([&](int i) { return sums[0][i]; }, unit, values, up);
-        put_columns<K, FINISH>(p, outbox.place(unit), first + unit, biases, values, up);
-      }
-      outbox.send(p, row + 64 * part, column + 16 * first);
+      write_chunk<K, FINISH>(p, outbox, first, row + 64 * part, column, biases, [&](int unit, int i) {
+        return sums[0][8 * unit + i % 8 + i / 8 * (K::SUMS / 2)];
+      });
 #pragma unroll
       for (int half = 0; half < K::SUMS; half += HALF)
 #pragma unroll
@@ -260,39 +281,53 @@ template <class K> struct Place {
   }
 };
 
-// A split tile's sums meet in shared memory, where each block of the cluster leaves its parts of them, and each adds up all
-// parts of a share of the columns in the order of the blocks.
-template <class K> __device__ __forceinline__ unsigned part_address(unsigned sums_at, int i) {
-  return sums_at + 4 * (K::CONSUMERS * WARPGROUP * i + threadIdx.x - WARPGROUP);
+// A split tile's sums meet in shared memory, where each block of the cluster leaves its parts of them, four and four, and each
+// adds up all parts of a share of the columns in the order of the blocks.
+template <class K> __device__ __forceinline__ unsigned part_address(unsigned sums_at, int four) {
+  return sums_at + 16 * (K::CONSUMERS * WARPGROUP * four + threadIdx.x - WARPGROUP);
 }
 template <class K, int COUNT>
 __device__ __forceinline__ void leave_parts(unsigned sums_at, const float (&sums)[COUNT], int first = 0) {
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i)
-    store_shared(part_address<K>(sums_at, first + i), sums[i]);
+  for (int i = 0; i < COUNT; i += 4)
+    store_shared(part_address<K>(sums_at, (first + i) / 4), make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
 }
-template <class K> __device__ __forceinline__ float sum_of_parts(unsigned sums_at, const Place<K> &at, int i) {
-  float sum = 0.f;
+template <class K> __device__ __forceinline__ void add_parts(unsigned sums_at, const Place<K> &at, int four, float (&sums)[4]) {
+  float4 parts[K::SPLIT];
 #pragma unroll
   for (int block = 0; block < K::SPLIT; ++block)
-    sum += load_from_cluster(cluster_address(part_address<K>(sums_at, i), at.rank_of(at.share, at.peer, block)));
-  return sum;
+    parts[block] = load_from_cluster_16(cluster_address(part_address<K>(sums_at, four), at.rank_of(at.share, at.peer, block)));
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    sums[i] = 0.f;
+#pragma unroll
+  for (int block = 0; block < K::SPLIT; ++block) {
+    sums[0] += parts[block].x;
+    sums[1] += parts[block].y;
+    sums[2] += parts[block].z;
+    sums[3] += parts[block].w;
+  }
 }
 
 // As `write_tile`, of a split tile.
 template <class K, Finish FINISH>
 __device__ __forceinline__ void write_split_tile(const Product &p, Outbox<K> &outbox, unsigned sums_at,
                                                  const Place<K> &at, int row, int column, unsigned biases) {
-  constexpr int UNITS = K::OUT_COLUMNS / 16;
-  for (int unit = at.split * UNITS / K::SPLIT; unit < (at.split + 1) * UNITS / K::SPLIT; ++unit)
+  static_assert(K::PARTS == 1, "a part's sums begin the tile's");
+  constexpr int STEP = K::CHUNK / 16, CHUNKS = K::OUT_COLUMNS / K::CHUNK, HALVES = K::GATED ? 2 : 1;
+#pragma unroll 1
+  for (int chunk = at.split * CHUNKS / K::SPLIT; chunk < (at.split + 1) * CHUNKS / K::SPLIT; ++chunk) {
+    float sums[STEP][HALVES][2][4];
 #pragma unroll
-    for (int part = 0; part < K::PARTS; ++part) {
-      float values[2][4], up[2][4];
-      gather<K>([&](int i) { return sum_of_parts<K>(sums_at, at, part * K::SUMS + i); }, unit, values, up);
-      outbox.open();
-      put_columns<K, FINISH>(p, outbox.place(0), unit, biases, values, up);
-      outbox.send(p, row + 64 * part, column + 16 * unit);
-    }
+    for (int unit = 0; unit < STEP; ++unit)
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          add_parts<K>(sums_at, at, 2 * (STEP * chunk + unit) + i + half * (K::SUMS / 8), sums[unit][half][i]);
+    write_chunk<K, FINISH>(p, outbox, STEP * chunk, row, column, biases,
+                           [&](int unit, int i) { return sums[unit][i / 8][i / 4 % 2][i % 4]; });
+  }
 }
 
 template <class K> __device__ __forceinline__ void produce(const Product &p, const Ring<K> &ring, const Place<K> &at) {
@@ -430,13 +465,14 @@ __device__ __forceinline__ void hand_over(const Product &p, const Place<K> &at, 
                                           float (&sums)[K::PARTS][K::SUMS]) {
   constexpr int WIDTH = K::CONSUMERS * WARPGROUP;
   const long long block = tile * K::CLUSTER + at.rank_of(at.share, at.peer, at.split);
-  float *const own = p.sums + block * (K::ROWS * K::COLUMNS) + threadIdx.x - WARPGROUP;
+  float4 *const own = reinterpret_cast<float4 *>(p.sums + block * (K::ROWS * K::COLUMNS)) + threadIdx.x - WARPGROUP;
   if (at.link == 0) {
 #pragma unroll
     for (int part = 0; part < K::PARTS; ++part)
 #pragma unroll
-      for (int i = 0; i < K::SUMS; ++i)
-        __stcg(own + WIDTH * (part * K::SUMS + i), sums[part][i]);
+      for (int i = 0; i < K::SUMS; i += 4)
+        __stcg(own + WIDTH * ((part * K::SUMS + i) / 4),
+               make_float4(sums[part][i], sums[part][i + 1], sums[part][i + 2], sums[part][i + 3]));
     __threadfence();
     consumers_meet<K>();
     if (threadIdx.x == WARPGROUP)
@@ -452,8 +488,13 @@ __device__ __forceinline__ void hand_over(const Product &p, const Place<K> &at, 
 #pragma unroll
   for (int part = 0; part < K::PARTS; ++part)
 #pragma unroll
-    for (int i = 0; i < K::SUMS; ++i)
-      sums[part][i] += __ldcg(own + WIDTH * (part * K::SUMS + i));
+    for (int i = 0; i < K::SUMS; i += 4) {
+      const float4 v = __ldcg(own + WIDTH * ((part * K::SUMS + i) / 4));
+      sums[part][i] += v.x;
+      sums[part][i + 1] += v.y;
+      sums[part][i + 2] += v.z;
+      sums[part][i + 3] += v.w;
+    }
 }
 
 template <class K> __device__ __forceinline__ void consume(const Product &p, const Ring<K> &ring, const Place<K> &at) {
@@ -486,6 +527,8 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
     count = stages;
   }
   for (; tile < tiles; tile += K::PINGPONG ? 2 * step : step) {
+    int row = at.row_of(p, tile), column = at.column_of(p, tile);
+    asm volatile("" : "+r"(row), "+r"(column)); // here, and not between a tile's products and the next's
     // Asked for before the products, put in shared memory after them. While a warpgroup of a pair waits the other
     // multiplies, so there it keeps no registers for that.
     typename K::Bits bias[(K::COLUMNS + WARPGROUP - 1) / WARPGROUP];
@@ -493,7 +536,7 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
       if (has_biases)
 #pragma unroll
         for (int i = 0; i * WARPGROUP < K::COLUMNS; ++i)
-          bias[i] = bias_of<K>(p, at.column_of(p, tile), thread + i * WARPGROUP);
+          bias[i] = bias_of<K>(p, column, thread + i * WARPGROUP);
     };
     if (!K::PINGPONG)
       load_biases();
@@ -509,7 +552,7 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
     if (K::PINGPONG && tile != at.first_tile)
       asm volatile("bar.sync %0, %1;" ::"r"(2 + consumer), "n"(K::CONSUMERS * WARPGROUP) : "memory");
     // A warpgroup that has no rows multiplies nothing.
-    const bool idle = !K::PINGPONG && at.row_of(p, tile) + rows_from >= p.tokens;
+    const bool idle = !K::PINGPONG && row + rows_from >= p.tokens;
     for (int depth = 0; idle && depth < stages; ++depth) {
       barrier_wait(ring.full(stage), parity);
       release(stage);
@@ -555,7 +598,7 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
       if (at.link == 0)
         break;
     }
-    const int row = at.row_of(p, tile) + rows_from + thread / 32 * 16, column = at.column_of(p, tile);
+    row += rows_from + thread / 32 * 16;
     if (K::PINGPONG)
       load_biases();
     const unsigned biases = put_biases<K>(p, ring.biases(consumer), consumer, [&](int i) { return bias[i]; });

@@ -109,14 +109,11 @@ template <class K, Finish FINISH>
 __device__ __forceinline__ void write_split_rows(const Product &p, unsigned sums_at, const Place<K> &at, int row,
                                                  int column, unsigned biases) {
   constexpr int UNITS = K::OUT_COLUMNS / 8;
-  const auto sum = [&](int i) { return sum_of_parts<K>(sums_at, at, i); };
   for (int unit = at.split * UNITS / K::SPLIT; unit < (at.split + 1) * UNITS / K::SPLIT; ++unit) {
     float values[4], up[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      values[i] = sum(4 * unit + i);
-      up[i] = K::GATED ? sum(4 * unit + i + K::SUMS / 2) : 0.f;
-    }
+    add_parts<K>(sums_at, at, unit, values);
+    if (K::GATED)
+      add_parts<K>(sums_at, at, unit + K::SUMS / 8, up);
     write_eight<K, FINISH>(p, row, column, 8 * unit, biases, values, up);
   }
 }

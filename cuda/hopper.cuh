@@ -156,9 +156,12 @@ __device__ __forceinline__ unsigned cluster_address(unsigned address, unsigned r
 __device__ __forceinline__ void barrier_arrive_in_cluster(unsigned there) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
 }
-__device__ __forceinline__ float load_from_cluster(unsigned there) {
-  float v;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there) : "memory");
+__device__ __forceinline__ float4 load_from_cluster_16(unsigned there) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(there)
+               : "memory");
   return v;
 }
 
