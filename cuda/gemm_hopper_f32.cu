@@ -14,7 +14,7 @@ namespace {
 template <bool GATED_, int COLUMNS_, int SPLIT_> struct PartedTile : Warpgroups<2> {
   using T = float;
   using Bits = float;
-  static constexpr bool GATED = GATED_, PINGPONG = false;
+  static constexpr bool GATED = GATED_, PINGPONG = false, TURNED = false;
   static constexpr int ROWS = 64 * CONSUMERS, COLUMNS = COLUMNS_, SHARE = 1, PEERS = 1, SPLIT = SPLIT_, LINKS = 1, CLUSTER = SPLIT;
   static constexpr int DEPTH = SWIZZLE_BYTES / sizeof(T);
   static constexpr int OUT_COLUMNS = GATED ? COLUMNS / 2 : COLUMNS, SUMS = COLUMNS / 2;
@@ -22,6 +22,7 @@ template <bool GATED_, int COLUMNS_, int SPLIT_> struct PartedTile : Warpgroups<
   static constexpr int ROW_BYTES = ROWS * SWIZZLE_BYTES, BOX_BYTES = COLUMNS / BOXES * SWIZZLE_BYTES;
   static constexpr int STAGE_BYTES = ROW_BYTES + 2 * BOXES * BOX_BYTES;
   static constexpr int CHUNK = 0, CHUNK_BYTES = 16 * CHUNK * 4; // written from registers
+  static constexpr int OUT_BOX_ROWS = 0, OUT_BOX_BYTES = 0;
   static constexpr int BIAS_BYTES = CONSUMERS * COLUMNS * sizeof(T);
   static constexpr int FIT = (SHARED_BYTES - SWIZZLE_ALIGN - BIAS_BYTES - 256) / STAGE_BYTES;
   static constexpr int STAGES = FIT < 8 ? FIT : 8;

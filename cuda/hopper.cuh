@@ -129,6 +129,12 @@ __device__ __forceinline__ void store_matrices(unsigned address, unsigned a, uns
                "r"(d)
                : "memory");
 }
+// The same of the matrices' columns: lane i gives the address of column i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_matrices_turned(unsigned address, unsigned a, unsigned b, unsigned c, unsigned d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Clusters
@@ -263,6 +269,8 @@ template <typename T, int N> struct WarpgroupProduct;
   FUSED_MLP_PRODUCT(T, NAME, 144, FUSED_MLP_SEVENTY "%70,%71", "%72", "%73", "%74", FUSED_MLP_F64(0), FUSED_MLP_F8(64))       \
   FUSED_MLP_PRODUCT(T, NAME, 160, FUSED_MLP_SEVENTY "%70,%71,%72,%73,%74,%75,%76,%77,%78,%79", "%80", "%81", "%82",           \
                     FUSED_MLP_F64(0), FUSED_MLP_F16(64))                                                               \
+  FUSED_MLP_PRODUCT(T, NAME, 176, FUSED_MLP_SEVENTY FUSED_MLP_TEN(7) "%80,%81,%82,%83,%84,%85,%86,%87", "%88", "%89", "%90",   \
+                    FUSED_MLP_F64(0), FUSED_MLP_F16(64), FUSED_MLP_F8(80))                                             \
   FUSED_MLP_PRODUCT(T, NAME, 192, FUSED_MLP_SEVENTY FUSED_MLP_TEN(7) FUSED_MLP_TEN(8) "%90,%91,%92,%93,%94,%95",       \
                     "%96", "%97", "%98", FUSED_MLP_F64(0), FUSED_MLP_F32(64))                                                 \
   FUSED_MLP_PRODUCT(T, NAME, 208, FUSED_MLP_HUNDRED "%100,%101,%102,%103", "%104", "%105", "%106", FUSED_MLP_F64(0),           \
