@@ -50,18 +50,18 @@ double cost(const Variant &v, const Operands &o, int resident) {
   const int blocks = clusters * of_cluster * v.links, waves = ceil_div(blocks, resident);
   const double busy = std::fmin(1., static_cast<double>(blocks) / resident);
   const double tile = static_cast<double>(v.rows) * v.weights, width = v.turned ? v.rows : v.weights;
-  const double multiply = 1.946e-5 * tile;
+  const double multiply = 1.931e-5 * tile;
   // Each product of 64 rows reads them and its columns; copies write both once.
-  const double read = 4.323e-6 * (2. * tile * (64. + width) / width + 128. * (v.rows + v.weights));
-  const double copy = 1.663e-3 * (static_cast<double>(v.rows) / v.peers + static_cast<double>(v.weights) / v.share) *
-                      std::pow(busy, 0.424);
-  const double products =
-      ceil_div(o.depth, 64) / static_cast<double>(v.split * v.links) * std::fmax(std::fmax(multiply, read), copy);
-  const double finish = 8.52e-5 * tile + (v.turned ? 2.66e-5 * tile : 0.) + (v.split > 1 ? 1.63 + 7.11e-5 * tile : 0.) +
-                        (v.links > 1 ? 2.46 + 3.62e-4 * tile : 0.);
+  const double read = 4.277e-6 * (2. * tile * (64. + width) / width + 128. * (v.rows + v.weights));
+  // Rows are in L2 already.
+  const double copy = 1.884e-3 * (0.699 * v.rows / v.peers + static_cast<double>(v.weights) / v.share) * std::pow(busy, 0.336);
+  const double products = ceil_div(o.depth, 64) / static_cast<double>(v.split * v.links) *
+                          (std::fmax(std::fmax(multiply, read), copy) + 0.215 * copy);
+  const double finish = 7.26e-5 * tile + (v.turned ? 4.18e-5 * tile : 0.) + (v.split > 1 ? 1.6 + 1.06e-4 * tile : 0.) +
+                        (v.links > 1 ? 4. + 3.1e-4 * tile : 0.);
   const double time = v.pingpong ? (waves - 1) * std::fmax(products, finish / 2) + products + finish : waves * (products + finish);
   const double bytes = 2. * o.depth * o.columns * (v.gated ? 2 : 1);
-  return std::fmax(time, bytes / 3.2e6 / std::fmin(1., 1.58 * busy)) + 0.56 * busy + (of_cluster > 2 ? 0.92 : 0.);
+  return std::fmax(time, bytes / 3.2e6 / std::fmin(1., 1.4 * busy)) + 0.78 * busy + (of_cluster > 2 ? 0.96 : 0.);
 }
 
 // The same in f32, where a stage is three products of 32 elements.
