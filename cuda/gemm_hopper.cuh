@@ -923,6 +923,7 @@ template <typename T> const Variant *variants_of(int *count) {
       variant<Tile<T, true, 192, 160, false, 1, 2, 1>>(),
       variant<Tile<T, true, 192, 192, false, 1, 2, 1>>(),
       variant<Tile<T, true, 256, 128, false, 1, 2, 1>>(),
+      variant<Tile<T, true, 112, 256, false, 2, 1, 1, 1, true>>(),
       variant<Tile<T, true, 144, 256, false, 2, 1, 1, 1, true>>(),
       variant<Tile<T, true, 160, 256, false, 1, 2, 1, 1, true>>(),
       variant<Tile<T, true, 176, 256, false, 1, 2, 1, 1, true>>(),
@@ -949,6 +950,7 @@ template <typename T> const Variant *variants_of(int *count) {
       variant<Tile<T, false, 144, 128, false, 1, 2, 1, 1, true>>(),
       variant<Tile<T, false, 160, 128, false, 1, 2, 1, 2, true>>(),
       variant<Tile<T, false, 192, 128, false, 1, 2, 1, 1, true>>(),
+      variant<Tile<T, false, 208, 128, false, 1, 2, 1, 1, true>>(),
   };
   *count = sizeof(variants) / sizeof(variants[0]);
   return variants;
