@@ -391,7 +391,7 @@ template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &
     else
       with_finish<A::GATED>(first.finish,
                             [&](auto finish) { write_tile<A, finish>(first, hidden, sums, row, column, biases); });
-    if (threadIdx.x % 32 == 0) {
+    if (elected()) { // as sent them
       copies_out_end();
       fence_global_copies();
       __threadfence();

@@ -41,16 +41,20 @@ template <Finish FINISH> __device__ __forceinline__ float finished(float v, floa
   return v;
 }
 
-// Calls `write` with the finish as a constant: the choice is made once a tile.
+// Calls `write` with the finish as a constant: the choice is made once a tile. By comparisons, since the table that a switch would
+// jump by comes from memory in every launch.
 template <bool GATED, typename Write> __device__ __forceinline__ void with_finish(Finish finish, Write write) {
-  switch (finish) {
-  case Finish::Swish: return write(std::integral_constant<Finish, Finish::Swish>());
-  case Finish::Gelu: return write(std::integral_constant<Finish, Finish::Gelu>());
-  case Finish::GeluTanh: return write(std::integral_constant<Finish, Finish::GeluTanh>());
-  case Finish::Relu: return write(std::integral_constant<Finish, Finish::Relu>());
-  default:
+  if (finish < Finish::Swish) {
     if (!GATED)
       write(std::integral_constant<Finish, Finish::None>());
+  } else if (finish < Finish::Gelu) {
+    write(std::integral_constant<Finish, Finish::Swish>());
+  } else if (finish < Finish::GeluTanh) {
+    write(std::integral_constant<Finish, Finish::Gelu>());
+  } else if (finish < Finish::Relu) {
+    write(std::integral_constant<Finish, Finish::GeluTanh>());
+  } else {
+    write(std::integral_constant<Finish, Finish::Relu>());
   }
 }
 

@@ -40,26 +40,28 @@ int runs_here(bool *runs) {
   return FUSED_MLP_OK;
 }
 
-// About how long a product takes with these tiles, in microseconds on an H100: waves of tiles, each as long as its
-// products or its copies from L2, whichever takes longer, and then its finish; or as long as its weights take from
-// memory, where few blocks read more slowly. Only differences between tiles count. The numbers were fitted to pairs of
-// products of eight MLPs at nine token counts each, where the choice costs 0.5% on average (`harness/gemm sweep`).
+// About how long a product takes with these tiles, in microseconds on an H100: waves of tiles, each as long as its products, what
+// they read of shared memory or its copies from L2, whichever takes longest, and then its finish; or as long as its weights take
+// from memory, where few blocks read more slowly. Only differences between tiles count. The numbers were fitted to
+// pairs of products of eight MLPs at 29 token counts, where the choice costs 0.6% on average (`harness/gemm sweep`).
 double cost(const Variant &v, const Operands &o, int resident) {
   const int clusters = ceil_div(o.tokens, v.rows * v.share) * ceil_div(o.columns, v.columns * v.peers);
-  const int blocks = clusters * v.share * v.peers * v.split * v.links, waves = ceil_div(blocks, resident);
-  const double tile = static_cast<double>(v.rows) * v.weights;
-  const double multiply = 1.94e-5 * tile;
-  const double copy = 1.94e-3 * (static_cast<double>(v.rows) / v.peers + static_cast<double>(v.weights) / v.share);
-  const double products = ceil_div(o.depth, 64) / static_cast<double>(v.split * v.links) * (std::fmax(multiply, copy) + 0.054);
-  const double finish = 7.2e-5 * tile + (v.split > 1 ? 0.087 + 9.8e-5 * tile : 0.) + (v.links > 1 ? 1. + 1.2e-4 * tile : 0.);
-  double time;
-  if (v.pingpong)
-    time = (waves - 1) * std::fmax(products, finish / 2) + products + finish + (waves > 1 ? 2.5 : 0.);
-  else
-    time = waves * (products + finish);
+  const int of_cluster = v.share * v.peers * v.split;
+  const int blocks = clusters * of_cluster * v.links, waves = ceil_div(blocks, resident);
   const double busy = std::fmin(1., static_cast<double>(blocks) / resident);
+  const double tile = static_cast<double>(v.rows) * v.weights, width = v.turned ? v.rows : v.weights;
+  const double multiply = 1.931e-5 * tile;
+  // Each product of 64 rows reads them and its columns; copies write both once.
+  const double read = 4.277e-6 * (2. * tile * (64. + width) / width + 128. * (v.rows + v.weights));
+  // Rows are in L2 already.
+  const double copy = 1.884e-3 * (0.699 * v.rows / v.peers + static_cast<double>(v.weights) / v.share) * std::pow(busy, 0.336);
+  const double products = ceil_div(o.depth, 64) / static_cast<double>(v.split * v.links) *
+                          (std::fmax(std::fmax(multiply, read), copy) + 0.215 * copy);
+  const double finish = 7.26e-5 * tile + (v.turned ? 4.18e-5 * tile : 0.) + (v.split > 1 ? 1.6 + 1.06e-4 * tile : 0.) +
+                        (v.links > 1 ? 4. + 3.1e-4 * tile : 0.);
+  const double time = v.pingpong ? (waves - 1) * std::fmax(products, finish / 2) + products + finish : waves * (products + finish);
   const double bytes = 2. * o.depth * o.columns * (v.gated ? 2 : 1);
-  return std::fmax(time, bytes / 3.42e6 / busy) + 3.5 * busy + 0.18 * waves;
+  return std::fmax(time, bytes / 3.2e6 / std::fmin(1., 1.4 * busy)) + 0.78 * busy + (of_cluster > 2 ? 0.96 : 0.);
 }
 
 // The same in f32, where a stage is three products of 32 elements.

@@ -27,10 +27,11 @@ template <int CONSUMERS_> struct Warpgroups {
 
 // A product as the kernel takes it.
 struct Product {
-  CUtensorMap rows;    // tokens x depth, in boxes of `box_rows`
+  CUtensorMap rows;    // tokens x depth, in boxes of what a block copies of a tile's rows
+  CUtensorMap last_rows; // the same in one box of the last tile's tokens, where they are fewer
   CUtensorMap weights; // of a gated tile: the gate
   CUtensorMap up;      // the other half of a tile's weights: up, or the same weights
-  CUtensorMap out;     // in boxes of a warp's rows and a chunk of columns, if the kernel writes by copies
+  CUtensorMap out;     // in boxes of what is written at once, if the kernel writes by copies
   void *out_rows;
   long long out_stride;
   const void *bias, *bias_up; // or null
@@ -38,7 +39,6 @@ struct Product {
   unsigned *flags;     // of blocks that have handed over their sums, and those sums
   float *sums;
   int tokens, columns; // of the output
-  int box_rows;
   int stages;          // of the whole depth
   int row_tiles, column_tiles; // row tiles of a cluster
   int group;           // row tiles that share the weights they read from L2
@@ -58,26 +58,30 @@ struct Product {
 //   HELD: parts that each of these blocks has, where a warpgroup has one product of 64 rows
 //   LINKS: two clusters for a tile, the first of which hands its sums of half of the depth to the second through memory: a
 //   multiprocessor in ten is left over by clusters of four
+//   TURNED: the weights' rows are a product's 64, and the tokens its columns, so that a tile has any 16 tokens
 template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, bool PINGPONG_, int SHARE_, int PEERS_, int SPLIT_,
-          int LINKS_ = 1>
-struct Tile : Warpgroups<ROWS_ == 192 ? 3 : 2> {
-  using Warpgroups<ROWS_ == 192 ? 3 : 2>::CONSUMERS;
+          int LINKS_ = 1, bool TURNED_ = false>
+struct Tile : Warpgroups<ROWS_ == 192 && !TURNED_ ? 3 : 2> {
+  using Warpgroups<ROWS_ == 192 && !TURNED_ ? 3 : 2>::CONSUMERS;
   using T = T_;
   using Bits = unsigned short; // of an element
-  static constexpr bool GATED = GATED_, PINGPONG = PINGPONG_;
+  static constexpr bool GATED = GATED_, PINGPONG = PINGPONG_, TURNED = TURNED_;
   static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SHARE = SHARE_, PEERS = PEERS_, SPLIT = SPLIT_, HELD = 1, LINKS = LINKS_;
   static constexpr int DEPTH = SWIZZLE_BYTES / sizeof(T); // of a stage
   static constexpr int CLUSTER = SHARE * PEERS * SPLIT;
   static constexpr int OUT_COLUMNS = GATED ? COLUMNS / 2 : COLUMNS;
-  static constexpr int PARTS = ROWS / (PINGPONG ? 64 : 64 * CONSUMERS); // products of 64 rows in a warpgroup
-  static constexpr int SUMS = COLUMNS / 2;                              // of a thread, per part
-  static constexpr int BOXES = 2; // in which a tile's weights are copied
+  static constexpr int PARTS = (TURNED ? COLUMNS : ROWS) / (PINGPONG ? 64 : 64 * CONSUMERS); // products of 64 rows in a warpgroup
+  static constexpr int WIDTH = TURNED ? ROWS : COLUMNS; // of such a product
+  static constexpr int SUMS = WIDTH / 2;                // of a thread, per part
+  static constexpr int BOXES = GATED || SHARE > 1 ? 2 : 1; // in which a tile's weights are copied
   static constexpr int ROW_BYTES = ROWS * SWIZZLE_BYTES, BOX_BYTES = COLUMNS / BOXES * SWIZZLE_BYTES;
   static constexpr int STAGE_BYTES = ROW_BYTES + BOXES * BOX_BYTES;
-  // Columns that a warp writes at once, from one of two buffers of its own; where blocks share the writing, as few as
-  // can be.
-  static constexpr int CHUNK = SPLIT > 1 ? 16 : OUT_COLUMNS % 64 == 0 ? 64 : OUT_COLUMNS % 32 == 0 ? 32 : 16;
+  // Columns that a warp writes at once, of 16 tokens, from one of two buffers of its own; of a turned tile the tokens that a
+  // warpgroup writes at once, of 64 columns, from its warps' buffers.
+  static constexpr int WRITTEN = (TURNED ? ROWS : OUT_COLUMNS) / SPLIT; // by a block
+  static constexpr int CHUNK = WRITTEN % 64 == 0 && !TURNED ? 64 : WRITTEN % 32 == 0 ? 32 : 16;
   static constexpr int CHUNK_BYTES = 16 * CHUNK * 2;
+  static constexpr int OUT_BOX_ROWS = TURNED ? CHUNK : 16, OUT_BOX_BYTES = TURNED ? SWIZZLE_BYTES : 2 * CHUNK;
   static constexpr int WRITE_BYTES = CONSUMERS * 4 * 2 * CHUNK_BYTES;
   static constexpr int BIAS_BYTES = CONSUMERS * COLUMNS * 2;
   static constexpr int FIT = (SHARED_BYTES - SWIZZLE_ALIGN - WRITE_BYTES - BIAS_BYTES - 128) / STAGE_BYTES;
@@ -85,6 +89,8 @@ struct Tile : Warpgroups<ROWS_ == 192 ? 3 : 2> {
   static constexpr int TOTAL_BYTES = SWIZZLE_ALIGN + STAGES * STAGE_BYTES + WRITE_BYTES + BIAS_BYTES + 16 * STAGES;
   static_assert((PARTS == 1 || PARTS == 2) && COLUMNS % 16 == 0 && OUT_COLUMNS % 16 == 0,
                 "a tile is whole products and whole stores");
+  static_assert(!TURNED || (ROWS % 16 == 0 && COLUMNS == 128 * PARTS && PARTS == (GATED ? 2 : PARTS) && !PINGPONG),
+                "gate and up are a warpgroup's two parts");
   static_assert(SHARE <= BOXES && PEERS <= 2, "a block copies a box at least");
   static_assert(LINKS == 1 || (LINKS == 2 && SPLIT == 1 && !PINGPONG), "one tile a block, all warpgroups at it");
   static_assert(SPLIT == 1 || (!PINGPONG && ROWS * COLUMNS * 4 <= STAGES * STAGE_BYTES), "sums meet in the stages");
@@ -95,9 +101,14 @@ struct Tile : Warpgroups<ROWS_ == 192 ? 3 : 2> {
 __device__ __forceinline__ void store_shared(unsigned address, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
+__device__ __forceinline__ void store_shared(unsigned address, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
 __device__ __forceinline__ void store_shared(unsigned address, unsigned short v) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
 }
+__device__ __forceinline__ float float_of_bits(__nv_bfloat16, unsigned short v) { return to_float(__ushort_as_bfloat16(v)); }
+__device__ __forceinline__ float float_of_bits(__half, unsigned short v) { return to_float(__ushort_as_half(v)); }
 __device__ __forceinline__ unsigned load_shared_4(unsigned address) {
   unsigned v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
@@ -117,7 +128,7 @@ template <class K> struct Outbox {
   }
   // Waits until the buffer that is next may be written.
   __device__ void open() const {
-    if (threadIdx.x % 32 == 0)
+    if (elected())
       copies_out_wait<1>();
     __syncwarp();
   }
@@ -125,7 +136,7 @@ template <class K> struct Outbox {
   __device__ void send(const Product &p, int row, int column) {
     fence_shared_copies();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) {
+    if (elected()) {
       if (row < p.tokens && column < p.columns)
         copy_box_out(&p.out, column, row, buffers + turn * K::CHUNK_BYTES);
       copies_out_commit();
@@ -134,26 +145,34 @@ template <class K> struct Outbox {
   }
   // Waits until all has been sent.
   __device__ void close() const {
-    if (threadIdx.x % 32 == 0)
+    if (elected())
       copies_out_wait<0>();
   }
 };
 
-// Finishes 16 columns of a tile, the `unit`th, and puts them at `place`: values[i][2 r + e] is row lane / 4 + 8 r, column
-// 8 i + 2 (lane % 4) + e. `biases` is the tile's in shared memory, or 0 where there is none.
+// Biases of a thread's columns of a unit of 16: [0] of the gate, or of plain columns, [1] of up; zeros where there are none.
+template <class K> struct UnitBiases {
+  float2 of[2][2];
+  // `biases` is the tile's in shared memory, or 0.
+  __device__ UnitBiases(unsigned biases, int unit) : of{} {
+    if (biases)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const unsigned at = biases + 2 * (16 * unit + 8 * i + 2 * (threadIdx.x % 4));
+        of[0][i] = unpack(typename K::T(), load_shared_4(at));
+        if (K::GATED)
+          of[1][i] = unpack(typename K::T(), load_shared_4(at + 2 * K::OUT_COLUMNS));
+      }
+  }
+};
+
+// Finishes 16 columns of a tile: values[i][2 r + e] is row lane / 4 + 8 r, column 8 i + 2 (lane % 4) + e.
 template <class K, Finish FINISH>
-__device__ __forceinline__ void put_columns(const Product &p, unsigned place, int unit, unsigned biases,
-                                            const float (&values)[2][4], const float (&up)[2][4]) {
-  unsigned packed[2][2];
+__device__ __forceinline__ void finish_columns(const Product &p, const UnitBiases<K> &biases, const float (&values)[2][4],
+                                               const float (&up)[2][4], unsigned (&packed)[2][2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float2 bias = {0.f, 0.f}, bias_up = {0.f, 0.f};
-    if (biases) {
-      const unsigned at = biases + 2 * (16 * unit + 8 * i + 2 * (threadIdx.x % 4));
-      bias = unpack(typename K::T(), load_shared_4(at));
-      if (K::GATED)
-        bias_up = unpack(typename K::T(), load_shared_4(at + 2 * K::OUT_COLUMNS));
-    }
+    const float2 bias = biases.of[0][i], bias_up = biases.of[1][i];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float low = finished<FINISH>(values[i][2 * r] + bias.x, p.slope);
@@ -165,20 +184,35 @@ __device__ __forceinline__ void put_columns(const Product &p, unsigned place, in
       packed[i][r] = pack(typename K::T(), low, high);
     }
   }
-  store_matrices(place, packed[0][0], packed[0][1], packed[1][0], packed[1][1]);
 }
 
-// A thread's sums of 16 output columns, the `unit`th: of the gate, or of plain columns, and of up.
-template <class K, typename Sum>
-__device__ __forceinline__ void gather(Sum sum, int unit, float (&values)[2][4], float (&up)[2][4]) {
+// Finishes a chunk of a warp's rows, whose first unit of 16 columns is the tile's `first`th, and sends it to `row` and `column` of the
+// output. `sum(unit, i)` gives the thread's i-th sum of a unit of the chunk, of the gate or of plain columns, and from 8 on of
+// up. All is finished before any of it is stored: loads and stores of shared memory keep their order, and
+// between them there would be too little to do at once.
+template <class K, Finish FINISH, typename Sum>
+__device__ __forceinline__ void write_chunk(const Product &p, Outbox<K> &outbox, int first, int row, int column,
+                                            unsigned biases, Sum sum) {
+  constexpr int STEP = K::CHUNK / 16;
+  unsigned packed[STEP][2][2];
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int unit = 0; unit < STEP; ++unit) {
+    float values[2][4], up[2][4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      values[i][j] = sum(4 * (2 * unit + i) + j);
-      if (K::GATED)
-        up[i][j] = sum(4 * (2 * unit + i) + j + K::SUMS / 2);
-    }
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        values[i][j] = sum(unit, 4 * i + j);
+        if (K::GATED)
+          up[i][j] = sum(unit, 4 * i + j + 8);
+      }
+    finish_columns<K, FINISH>(p, UnitBiases<K>(biases, first + unit), values, up, packed[unit]);
+  }
+  outbox.open();
+#pragma unroll
+  for (int unit = 0; unit < STEP; ++unit)
+    store_matrices(outbox.place(unit), packed[unit][0][0], packed[unit][0][1], packed[unit][1][0], packed[unit][1][1]);
+  outbox.send(p, row, column + 16 * first);
 }
 
 // Writes a warp's rows of a tile. Registers have no index at run time, so code for every unit of a tile would be tens of
@@ -192,14 +226,9 @@ __device__ __forceinline__ void write_tile(const Product &p, Outbox<K> &outbox, 
   for (int part = 0; part < K::PARTS; ++part) {
 #pragma unroll 1
     for (int first = 0; first < UNITS; first += STEP) {
-      outbox.open();
-#pragma unroll
-      for (int unit = 0; unit < STEP; ++unit) {
-        float values[2][4], up[2][4];
-        gather<K>([&](int i) { return sums[0][i]; }, unit, values, up);
-        put_columns<K, FINISH>(p, outbox.place(unit), first + unit, biases, values, up);
-      }
-      outbox.send(p, row + 64 * part, column + 16 * first);
+      write_chunk<K, FINISH>(p, outbox, first, row + 64 * part, column, biases, [&](int unit, int i) {
+        return sums[0][8 * unit + i % 8 + i / 8 * (K::SUMS / 2)];
+      });
 #pragma unroll
       for (int half = 0; half < K::SUMS; half += HALF)
 #pragma unroll
@@ -260,87 +289,213 @@ template <class K> struct Place {
   }
 };
 
-// A split tile's sums meet in shared memory, where each block of the cluster leaves its parts of them, and each adds up all
-// parts of a share of the columns in the order of the blocks, and of each block's parts.
-template <class K> __device__ __forceinline__ unsigned part_address(unsigned sums_at, int i) {
-  return sums_at + 4 * (K::CONSUMERS * WARPGROUP * i + threadIdx.x - WARPGROUP);
+// A split tile's sums meet in shared memory, where each block of the cluster leaves its parts of them, four and four, and each
+// adds up all parts of a share of the columns in the order of the blocks, and of each block's parts.
+template <class K> __device__ __forceinline__ unsigned part_address(unsigned sums_at, int four) {
+  return sums_at + 16 * (K::CONSUMERS * WARPGROUP * four + threadIdx.x - WARPGROUP);
 }
 template <class K, int COUNT>
 __device__ __forceinline__ void leave_parts(unsigned sums_at, const float (&sums)[COUNT], int first = 0) {
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i)
-    store_shared(part_address<K>(sums_at, first + i), sums[i]);
+  for (int i = 0; i < COUNT; i += 4)
+    store_shared(part_address<K>(sums_at, (first + i) / 4), make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
 }
-template <class K> __device__ __forceinline__ float sum_of_parts(unsigned sums_at, const Place<K> &at, int i) {
-  float sum = 0.f;
+template <class K> __device__ __forceinline__ void add_parts(unsigned sums_at, const Place<K> &at, int four, float (&sums)[4]) {
+  float4 parts[K::SPLIT][K::HELD];
 #pragma unroll
   for (int block = 0; block < K::SPLIT; ++block)
 #pragma unroll
     for (int held = 0; held < K::HELD; ++held)
-      sum += load_from_cluster(cluster_address(part_address<K>(sums_at, held * K::SUMS + i),
-                                               at.rank_of(at.share, at.peer, block)));
-  return sum;
+      parts[block][held] = load_from_cluster_16(cluster_address(part_address<K>(sums_at, held * (K::SUMS / 4) + four),
+                                                                at.rank_of(at.share, at.peer, block)));
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    sums[i] = 0.f;
+#pragma unroll
+  for (int block = 0; block < K::SPLIT; ++block)
+#pragma unroll
+    for (int held = 0; held < K::HELD; ++held) {
+      sums[0] += parts[block][held].x;
+      sums[1] += parts[block][held].y;
+      sums[2] += parts[block][held].z;
+      sums[3] += parts[block][held].w;
+    }
 }
 
 // As `write_tile`, of a split tile.
 template <class K, Finish FINISH>
 __device__ __forceinline__ void write_split_tile(const Product &p, Outbox<K> &outbox, unsigned sums_at,
                                                  const Place<K> &at, int row, int column, unsigned biases) {
-  constexpr int UNITS = K::OUT_COLUMNS / 16;
-  for (int unit = at.split * UNITS / K::SPLIT; unit < (at.split + 1) * UNITS / K::SPLIT; ++unit)
+  static_assert(K::PARTS == 1, "a part's sums begin the tile's");
+  constexpr int STEP = K::CHUNK / 16, CHUNKS = K::OUT_COLUMNS / K::CHUNK, HALVES = K::GATED ? 2 : 1;
+#pragma unroll 1
+  for (int chunk = at.split * CHUNKS / K::SPLIT; chunk < (at.split + 1) * CHUNKS / K::SPLIT; ++chunk) {
+    float sums[STEP][HALVES][2][4];
 #pragma unroll
-    for (int part = 0; part < K::PARTS; ++part) {
-      float values[2][4], up[2][4];
-      gather<K>([&](int i) { return sum_of_parts<K>(sums_at, at, part * K::SUMS + i); }, unit, values, up);
-      outbox.open();
-      put_columns<K, FINISH>(p, outbox.place(0), unit, biases, values, up);
-      outbox.send(p, row + 64 * part, column + 16 * unit);
+    for (int unit = 0; unit < STEP; ++unit)
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          add_parts<K>(sums_at, at, 2 * (STEP * chunk + unit) + i + half * (K::SUMS / 8), sums[unit][half][i]);
+    write_chunk<K, FINISH>(p, outbox, STEP * chunk, row, column, biases,
+                           [&](int unit, int i) { return sums[unit][i / 8][i / 4 % 2][i % 4]; });
+  }
+}
+
+// A warpgroup's two buffers for what it writes of a turned tile, each a chunk of tokens of 64 columns, and which of them is next.
+template <class K> struct TurnedOutbox {
+  unsigned buffers;
+  int consumer;
+  unsigned turn = 0;
+  __device__ TurnedOutbox(unsigned buffers, int consumer) : buffers(buffers), consumer(consumer) {}
+  // Where a lane puts its column of a pair of units' matrices: 16 bytes of a token, swizzled as the copy out reads them.
+  __device__ unsigned place(int pair) const {
+    const unsigned lane = threadIdx.x % 32, token = lane / 16 * 8 + lane % 8, piece = threadIdx.x / 32 % 4 * 2 + lane / 8 % 2;
+    return buffers + turn * (4 * K::CHUNK_BYTES) + (16 * pair + token) * SWIZZLE_BYTES + ((piece ^ lane % 8) * 16);
+  }
+  // Sends what all have put there to `row` and `column` of the output; the other buffer may be written then.
+  __device__ void send(const Product &p, int row, int column) {
+    fence_shared_copies();
+    const bool sends = warp_of_block() % 4 == 0 && elected();
+    if (sends)
+      copies_out_wait<0>();
+    asm volatile("bar.sync %0, %1;" ::"r"(4 + consumer), "n"(WARPGROUP) : "memory");
+    if (sends) {
+      if (row < p.tokens && column < p.columns)
+        copy_box_out(&p.out, column, row, buffers + turn * (4 * K::CHUNK_BYTES));
+      copies_out_commit();
+    }
+    turn ^= 1;
+  }
+  __device__ void close() const {
+    if (warp_of_block() % 4 == 0 && elected())
+      copies_out_wait<0>();
+  }
+};
+
+// Biases of a thread's two rows of weights, of each part of a turned tile.
+template <class K> struct TurnedBiases {
+  float of[K::PARTS][2];
+};
+
+// Finishes a chunk of a warpgroup's tokens and sends it. `sum(part, i)` gives the thread's i-th sum of the chunk: of unit i / 4 of 8
+// tokens, of the weights' row lane / 4 + i % 4 / 2 * 8, of token 2 (lane % 4) + i % 2.
+template <class K, Finish FINISH, typename Sum>
+__device__ __forceinline__ void write_turned_chunk(const Product &p, TurnedOutbox<K> &outbox, int row, int column,
+                                                   const float (&bias)[2], const float (&bias_up)[2], Sum sum) {
+  constexpr int UNITS = K::CHUNK / 8;
+  unsigned packed[UNITS][2];
+#pragma unroll
+  for (int unit = 0; unit < UNITS; ++unit)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float out[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int i = 4 * unit + 2 * r + e;
+        out[e] = finished<FINISH>(sum(0, i) + bias[r], p.slope);
+        if (K::GATED)
+          out[e] *= sum(1, i) + bias_up[r];
+      }
+      packed[unit][r] = pack(typename K::T(), out[0], out[1]);
+    }
+#pragma unroll
+  for (int unit = 0; unit < UNITS; unit += 2)
+    store_matrices_turned(outbox.place(unit / 2), packed[unit][0], packed[unit][1], packed[unit + 1][0], packed[unit + 1][1]);
+  outbox.send(p, row, column);
+}
+
+// As `write_tile`, of a turned tile.
+template <class K, Finish FINISH>
+__device__ __forceinline__ void write_turned_tile(const Product &p, TurnedOutbox<K> &outbox, float (&sums)[K::PARTS][K::SUMS],
+                                                  int row, int column, const TurnedBiases<K> &biases) {
+  constexpr int STEP = K::CHUNK / 2;
+  float bias[2] = {biases.of[0][0], biases.of[0][1]};
+  const float bias_next[2] = {biases.of[K::PARTS - 1][0], biases.of[K::PARTS - 1][1]};
+#pragma unroll 1
+  for (int part = 0; part < (K::GATED ? 1 : K::PARTS); ++part) {
+#pragma unroll 1
+    for (int first = 0; first < K::ROWS; first += K::CHUNK) {
+      write_turned_chunk<K, FINISH>(p, outbox, row + first, column + 128 * part, bias, bias_next,
+                                    [&](int half, int i) { return sums[half][i]; });
+#pragma unroll
+      for (int half = 0; half < (K::GATED ? 2 : 1); ++half)
+#pragma unroll
+        for (int i = 0; i + STEP < K::SUMS; ++i)
+          sums[half][i] = sums[half][i + STEP];
+    }
+#pragma unroll
+    for (int i = 0; !K::GATED && K::PARTS == 2 && i < K::SUMS; ++i)
+      sums[0][i] = sums[K::PARTS - 1][i];
+    bias[0] = bias_next[0];
+    bias[1] = bias_next[1];
+  }
+}
+
+// The same of a split tile: each block writes a share of the tokens.
+template <class K, Finish FINISH>
+__device__ __forceinline__ void write_split_turned_tile(const Product &p, TurnedOutbox<K> &outbox, unsigned sums_at,
+                                                        const Place<K> &at, int row, int column,
+                                                        const TurnedBiases<K> &biases) {
+  static_assert(!K::GATED || K::SPLIT == 1, "the second product's");
+  constexpr int CHUNKS = K::ROWS / K::CHUNK, FOURS = K::CHUNK / 8;
+#pragma unroll
+  for (int part = 0; part < K::PARTS; ++part)
+#pragma unroll 1
+    for (int chunk = at.split * CHUNKS / K::SPLIT; chunk < (at.split + 1) * CHUNKS / K::SPLIT; ++chunk) {
+      float sums[FOURS][4];
+#pragma unroll
+      for (int i = 0; i < FOURS; ++i)
+        add_parts<K>(sums_at, at, part * (K::SUMS / 4) + FOURS * chunk + i, sums[i]);
+      write_turned_chunk<K, FINISH>(p, outbox, row + K::CHUNK * chunk, column + 128 * part, biases.of[part], biases.of[part],
+                                    [&](int, int i) { return sums[i / 4][i % 4]; });
     }
 }
 
 template <class K> __device__ __forceinline__ void produce(const Product &p, const Ring<K> &ring, const Place<K> &at) {
   const int step = at.step, tiles = p.row_tiles * p.column_tiles;
   const int first_stage = at.first_stage(p.stages), end_stage = at.end_stage(p.stages);
-  int row = 0, column = 0, boxes = 0;
+  int row = 0, column = 0, count = 0; // of a tile's rows that are tokens: the others' sums go nowhere
   const auto place = [&](int tile) {
     row = at.row_of(p, tile);
     column = at.column_of(p, tile);
-    // None of those that lie outside: they would take longer than what is there. Their rows' sums go nowhere.
-    boxes = min(max(p.tokens - row + p.box_rows - 1, 0), K::ROWS) / p.box_rows;
+    count = min(max(p.tokens - row, 0), K::ROWS);
   };
   const auto expect = [&](int stage) {
-    barrier_arrive_expect(ring.full(stage), boxes * p.box_rows * SWIZZLE_BYTES + K::BOXES * K::BOX_BYTES);
+    barrier_arrive_expect(ring.full(stage), count * SWIZZLE_BYTES + K::BOXES * K::BOX_BYTES);
   };
   // Part of a tile's weights: the gate's or up's rows, or rows of the one weight.
-  const auto part_map = [&](int part) { return part < K::BOXES / 2 ? &p.weights : &p.up; };
-  const auto part_row = [&](int part) {
-    return column + (K::GATED ? part % (K::BOXES / 2) : part) * (K::COLUMNS / K::BOXES);
-  };
-  const unsigned long long once = evict_first_policy(), again = evict_normal_policy();
-  const unsigned long long weights_policy = p.row_tiles == 1 ? once : again;
+  const auto part_map = [&](int part) { return K::GATED && part > 0 ? &p.up : &p.weights; };
+  const auto part_row = [&](int part) { return K::GATED ? column : column + part * (K::COLUMNS / K::BOXES); };
   const auto copy_weights = [&](int stage, int depth) {
     if constexpr (K::SHARE == 1) {
 #pragma unroll
-      for (int part = 0; part < 2; ++part)
+      for (int part = 0; part < K::BOXES; ++part)
         copy_box(ring.weights(stage) + part * K::BOX_BYTES, part_map(part), depth * K::DEPTH, part_row(part),
-                 ring.full(stage), weights_policy);
+                 ring.full(stage));
     } else {
       copy_box_to_cluster(ring.weights(stage) + at.share * K::BOX_BYTES, part_map(at.share), depth * K::DEPTH,
-                          part_row(at.share), ring.full(stage), ((1 << K::SHARE) - 1) << at.rank_of(0, at.peer, at.split),
-                          weights_policy);
+                          part_row(at.share), ring.full(stage),
+                          ((1 << K::SHARE) - 1) << at.rank_of(0, at.peer, at.split));
+    }
+  };
+  const auto copy_row_box = [&](const CUtensorMap *map, int stage, int depth, int first) {
+    const unsigned to = ring.rows(stage) + first * SWIZZLE_BYTES;
+    if constexpr (K::PEERS == 1) {
+      copy_box(to, map, depth * K::DEPTH, row + first, ring.full(stage));
+    } else {
+      static_assert(K::PEERS == 2, "the blocks of the mask");
+      copy_box_to_cluster(to, map, depth * K::DEPTH, row + first, ring.full(stage),
+                          (1 << at.rank_of(at.share, 0, at.split)) | (1 << at.rank_of(at.share, 1, at.split)));
     }
   };
   const auto copy_rows = [&](int stage, int depth) {
-    for (int box = at.peer; box < boxes; box += K::PEERS) {
-      const unsigned to = ring.rows(stage) + box * p.box_rows * SWIZZLE_BYTES;
-      if constexpr (K::PEERS == 1) {
-        copy_box(to, &p.rows, depth * K::DEPTH, row + box * p.box_rows, ring.full(stage), again);
-      } else {
-        static_assert(K::PEERS == 2, "the blocks of the mask");
-        copy_box_to_cluster(to, &p.rows, depth * K::DEPTH, row + box * p.box_rows, ring.full(stage),
-                            (1 << at.rank_of(at.share, 0, at.split)) | (1 << at.rank_of(at.share, 1, at.split)), again);
-      }
-    }
+    // Nothing that lies outside the matrix: a box of that takes longer.
+    if (count == K::ROWS)
+      copy_row_box(&p.rows, stage, depth, at.peer * (K::ROWS / K::PEERS));
+    else if (count > 0 && at.peer == 0)
+      copy_row_box(&p.last_rows, stage, depth, 0);
   };
 
   int tile = at.first_tile, depth = first_stage;
@@ -352,8 +507,9 @@ template <class K> __device__ __forceinline__ void produce(const Product &p, con
       expect(i);
       copy_weights(i, first_stage + i);
     } else if (K::SHARE == 1) {
-      prefetch_box(&p.weights, (first_stage + i) * K::DEPTH, part_row(0));
-      prefetch_box(&p.up, (first_stage + i) * K::DEPTH, part_row(1));
+#pragma unroll
+      for (int part = 0; part < K::BOXES; ++part)
+        prefetch_box(part_map(part), (first_stage + i) * K::DEPTH, part_row(part));
     } else {
       prefetch_box(part_map(at.share), (first_stage + i) * K::DEPTH, part_row(at.share));
     }
@@ -428,13 +584,14 @@ __device__ __forceinline__ void hand_over(const Product &p, const Place<K> &at, 
                                           float (&sums)[K::PARTS][K::SUMS]) {
   constexpr int WIDTH = K::CONSUMERS * WARPGROUP;
   const long long block = tile * K::CLUSTER + at.rank_of(at.share, at.peer, at.split);
-  float *const own = p.sums + block * (K::ROWS * K::COLUMNS) + threadIdx.x - WARPGROUP;
+  float4 *const own = reinterpret_cast<float4 *>(p.sums + block * (K::ROWS * K::COLUMNS)) + threadIdx.x - WARPGROUP;
   if (at.link == 0) {
 #pragma unroll
     for (int part = 0; part < K::PARTS; ++part)
 #pragma unroll
-      for (int i = 0; i < K::SUMS; ++i)
-        __stcg(own + WIDTH * (part * K::SUMS + i), sums[part][i]);
+      for (int i = 0; i < K::SUMS; i += 4)
+        __stcg(own + WIDTH * ((part * K::SUMS + i) / 4),
+               make_float4(sums[part][i], sums[part][i + 1], sums[part][i + 2], sums[part][i + 3]));
     __threadfence();
     consumers_meet<K>();
     if (threadIdx.x == WARPGROUP)
@@ -450,18 +607,23 @@ __device__ __forceinline__ void hand_over(const Product &p, const Place<K> &at, 
 #pragma unroll
   for (int part = 0; part < K::PARTS; ++part)
 #pragma unroll
-    for (int i = 0; i < K::SUMS; ++i)
-      sums[part][i] += __ldcg(own + WIDTH * (part * K::SUMS + i));
+    for (int i = 0; i < K::SUMS; i += 4) {
+      const float4 v = __ldcg(own + WIDTH * ((part * K::SUMS + i) / 4));
+      sums[part][i] += v.x;
+      sums[part][i + 1] += v.y;
+      sums[part][i + 2] += v.z;
+      sums[part][i + 3] += v.w;
+    }
 }
 
 template <class K> __device__ __forceinline__ void consume(const Product &p, const Ring<K> &ring, const Place<K> &at) {
   using T = typename K::T;
   wait_for_previous_kernel();
-  const int consumer = threadIdx.x / WARPGROUP - 1, thread = threadIdx.x % WARPGROUP;
+  const int consumer = warp_of_block() / 4 - 1, thread = threadIdx.x % WARPGROUP;
   const int step = at.step, tiles = p.row_tiles * p.column_tiles;
   const int stages = at.end_stage(p.stages) - at.first_stage(p.stages);
   const bool has_biases = p.bias || p.bias_up;
-  const int rows_from = K::PINGPONG ? 0 : consumer * 64 * K::PARTS;
+  const int rows_from = K::PINGPONG || K::TURNED ? 0 : consumer * 64 * K::PARTS;
   const auto release = [&](int stage) {
     if constexpr (K::SHARE * K::PEERS == 1) {
       if (thread == 0)
@@ -474,7 +636,12 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
       barrier_arrive_in_cluster(cluster_address(ring.empty(stage), block));
     }
   };
-  Outbox<K> outbox(ring.outbox(threadIdx.x / 32 - 4));
+  auto outbox = [&] {
+    if constexpr (K::TURNED)
+      return TurnedOutbox<K>(ring.outbox(4 * consumer), consumer);
+    else
+      return Outbox<K>(ring.outbox(threadIdx.x / 32 - 4));
+  }();
   if (p.clear && blockIdx.x == 0)
     for (int i = threadIdx.x - WARPGROUP; i < MEETINGS; i += K::CONSUMERS * WARPGROUP)
       p.clear[i] = 0;
@@ -484,17 +651,27 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
     count = stages;
   }
   for (; tile < tiles; tile += K::PINGPONG ? 2 * step : step) {
+    int row = at.row_of(p, tile), column = at.column_of(p, tile);
+    asm volatile("" : "+r"(row), "+r"(column)); // here, and not between a tile's products and the next's
     // Asked for before the products, put in shared memory after them. While a warpgroup of a pair waits the other
     // multiplies, so there it keeps no registers for that.
     typename K::Bits bias[(K::COLUMNS + WARPGROUP - 1) / WARPGROUP];
     const auto load_biases = [&] {
-      if (has_biases)
+      if (has_biases && !K::TURNED)
 #pragma unroll
         for (int i = 0; i * WARPGROUP < K::COLUMNS; ++i)
-          bias[i] = bias_of<K>(p, at.column_of(p, tile), thread + i * WARPGROUP);
+          bias[i] = bias_of<K>(p, column, thread + i * WARPGROUP);
     };
     if (!K::PINGPONG)
       load_biases();
+    TurnedBiases<K> turned_biases;
+    if constexpr (K::TURNED)
+#pragma unroll
+      for (int part = 0; part < K::PARTS; ++part)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          turned_biases.of[part][r] =
+              float_of_bits(T(), bias_of<K>(p, column, 128 * part + 64 * consumer + thread / 32 * 16 + thread % 32 / 4 + 8 * r));
     float sums[K::PARTS][K::SUMS];
 #pragma unroll
     for (int part = 0; part < K::PARTS; ++part)
@@ -507,7 +684,7 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
     if (K::PINGPONG && tile != at.first_tile)
       asm volatile("bar.sync %0, %1;" ::"r"(2 + consumer), "n"(K::CONSUMERS * WARPGROUP) : "memory");
     // A warpgroup that has no rows multiplies nothing.
-    const bool idle = !K::PINGPONG && at.row_of(p, tile) + rows_from >= p.tokens;
+    const bool idle = !K::PINGPONG && row + rows_from >= p.tokens;
     for (int depth = 0; idle && depth < stages; ++depth) {
       barrier_wait(ring.full(stage), parity);
       release(stage);
@@ -519,14 +696,16 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
     for (int depth = idle ? stages : 0; depth < stages; ++depth) {
       barrier_wait(ring.full(stage), parity);
       products_begin();
-      const unsigned long long weights = tile_descriptor(ring.weights(stage));
+      // A product's rows of 64 and its columns: tokens and weights, or the other way round.
+      const unsigned long long right = tile_descriptor(K::TURNED ? ring.rows(stage) : ring.weights(stage));
 #pragma unroll
       for (int k = 0; k < K::DEPTH / 16; ++k)
 #pragma unroll
-        for (int part = 0; part < K::PARTS; ++part)
-          WarpgroupProduct<T, K::COLUMNS>::add(
-              sums[part], tile_descriptor(ring.rows(stage) + (rows_from + 64 * part) * SWIZZLE_BYTES) + 2 * k,
-              weights + 2 * k);
+        for (int part = 0; part < K::PARTS; ++part) {
+          const unsigned left = K::TURNED ? ring.weights(stage) + (64 * consumer + 128 * part) * SWIZZLE_BYTES
+                                          : ring.rows(stage) + (rows_from + 64 * part) * SWIZZLE_BYTES;
+          WarpgroupProduct<T, K::WIDTH>::add(sums[part], tile_descriptor(left) + 2 * k, right + 2 * k);
+        }
       products_commit();
       if (depth > 0) {
         products_wait<1>();
@@ -553,20 +732,32 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
       if (at.link == 0)
         break;
     }
-    const int row = at.row_of(p, tile) + rows_from + thread / 32 * 16, column = at.column_of(p, tile);
-    if (K::PINGPONG)
-      load_biases();
-    const unsigned biases = put_biases<K>(p, ring.biases(consumer), consumer, [&](int i) { return bias[i]; });
-    if constexpr (K::SPLIT == 1) {
-      with_finish<K::GATED>(p.finish, [&](auto finish) { write_tile<K, finish>(p, outbox, sums, row, column, biases); });
-    } else {
+    if constexpr (K::SPLIT > 1) {
       consumers_meet<K>(); // all are done with the stages
 #pragma unroll
       for (int part = 0; part < K::PARTS; ++part)
         leave_parts<K>(ring.base, sums[part], part * K::SUMS);
       cluster_sync();
-      with_finish<K::GATED>(p.finish,
-                            [&](auto finish) { write_split_tile<K, finish>(p, outbox, ring.base, at, row, column, biases); });
+    }
+    if constexpr (K::TURNED) {
+      column += 64 * consumer;
+      with_finish<K::GATED>(p.finish, [&](auto finish) {
+        if constexpr (K::SPLIT == 1)
+          write_turned_tile<K, finish>(p, outbox, sums, row, column, turned_biases);
+        else
+          write_split_turned_tile<K, finish>(p, outbox, ring.base, at, row, column, turned_biases);
+      });
+    } else {
+      row += rows_from + thread / 32 * 16;
+      if (K::PINGPONG)
+        load_biases();
+      const unsigned biases = put_biases<K>(p, ring.biases(consumer), consumer, [&](int i) { return bias[i]; });
+      with_finish<K::GATED>(p.finish, [&](auto finish) {
+        if constexpr (K::SPLIT == 1)
+          write_tile<K, finish>(p, outbox, sums, row, column, biases);
+        else
+          write_split_tile<K, finish>(p, outbox, ring.base, at, row, column, biases);
+      });
     }
   }
   outbox.close();
@@ -596,7 +787,7 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, 1) product_kern
     cluster_meet();
   if (threadIdx.x < WARPGROUP) {
     give_registers<K::PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0)
+    if (warp_of_block() == 0 && elected())
       produce(p, ring, at);
     __syncwarp();
     if (K::SPLIT > 1)
@@ -657,18 +848,19 @@ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 template <class K, void (*KERNEL)(Product)> int enqueue(const Operands &o, cudaStream_t stream) {
   int blocks = 0, status = resident_blocks<K, KERNEL>(&blocks);
   Product p;
-  // Whole rows only of so few tokens: a box that ends outside takes longer.
-  p.box_rows = o.tokens < K::ROWS ? o.tokens : 64;
   const int box_columns = K::COLUMNS / K::BOXES;
   if (status == FUSED_MLP_OK)
-    status = encode_tensor_map(&p.rows, o.dtype, o.rows, o.tokens, o.depth, o.rows_stride, p.box_rows);
+    status = encode_tensor_map(&p.rows, o.dtype, o.rows, o.tokens, o.depth, o.rows_stride, K::ROWS / K::PEERS);
+  if (status == FUSED_MLP_OK)
+    status = encode_tensor_map(&p.last_rows, o.dtype, o.rows, o.tokens, o.depth, o.rows_stride,
+                               o.tokens % K::ROWS == 0 ? 1 : o.tokens % K::ROWS);
   if (status == FUSED_MLP_OK)
     status = encode_tensor_map(&p.weights, o.dtype, o.weights, o.columns, o.depth, o.weights_stride, box_columns);
   if (status == FUSED_MLP_OK)
     status = encode_tensor_map(&p.up, o.dtype, K::GATED ? o.up : o.weights, o.columns, o.depth,
                                K::GATED ? o.up_stride : o.weights_stride, box_columns);
   if (status == FUSED_MLP_OK && K::CHUNK > 0)
-    status = encode_tensor_map(&p.out, o.dtype, o.out, o.tokens, o.columns, o.out_stride, 16, 2 * K::CHUNK);
+    status = encode_tensor_map(&p.out, o.dtype, o.out, o.tokens, o.columns, o.out_stride, K::OUT_BOX_ROWS, K::OUT_BOX_BYTES);
   if (status != FUSED_MLP_OK)
     return status;
   p.out_rows = o.out;
@@ -707,7 +899,8 @@ template <class K, void (*KERNEL)(Product)> int enqueue(const Operands &o, cudaS
 
 template <class K, void (*KERNEL)(Product)> constexpr Variant variant_of() {
   return {K::GATED, K::PINGPONG, K::ROWS,  K::COLUMNS,
-          K::OUT_COLUMNS, K::SHARE, K::PEERS, K::SPLIT, K::LINKS, resident_blocks<K, KERNEL>, enqueue<K, KERNEL>};
+          K::OUT_COLUMNS, K::SHARE, K::PEERS, K::SPLIT, K::LINKS, resident_blocks<K, KERNEL>, enqueue<K, KERNEL>,
+          K::TURNED};
 }
 template <class K> constexpr Variant variant() { return variant_of<K, product_kernel<K>>(); }
 
@@ -723,41 +916,47 @@ template <class K> int compiled_for(int *source, int *binary) {
 // The tiles that were fastest for some shape, and no slower than others for shapes between (PERFORMANCE.md).
 template <typename T> const Variant *variants_of(int *count) {
   static const Variant variants[] = {
-      // Gated: rows, weights' rows, ping-pong, share, peers, split, links if not 1.
+      // Gated: tokens, weights' rows, ping-pong, share, peers, split, links if not 1, turned if so.
       variant<Tile<T, true, 128, 96, false, 2, 1, 1>>(),
       variant<Tile<T, true, 128, 128, false, 1, 1, 1>>(),
       variant<Tile<T, true, 128, 128, false, 2, 1, 1>>(),
-      variant<Tile<T, true, 128, 224, false, 1, 1, 1>>(),
       variant<Tile<T, true, 128, 160, true, 2, 2, 1>>(),
       variant<Tile<T, true, 128, 192, true, 2, 1, 1>>(),
       variant<Tile<T, true, 128, 192, false, 2, 1, 1>>(),
-      variant<Tile<T, true, 128, 256, false, 2, 1, 1>>(),
-      variant<Tile<T, true, 192, 128, false, 2, 1, 1>>(),
-      variant<Tile<T, true, 192, 160, false, 2, 1, 1>>(),
-      variant<Tile<T, true, 192, 192, false, 2, 1, 1>>(),
+      variant<Tile<T, true, 128, 224, false, 1, 1, 1>>(),
+      variant<Tile<T, true, 128, 256, false, 1, 2, 1>>(),
+      variant<Tile<T, true, 192, 128, false, 1, 2, 1>>(),
+      variant<Tile<T, true, 192, 160, false, 1, 2, 1>>(),
+      variant<Tile<T, true, 192, 192, false, 1, 2, 1>>(),
+      variant<Tile<T, true, 256, 128, false, 1, 2, 1>>(),
+      variant<Tile<T, true, 112, 256, false, 2, 1, 1, 1, true>>(),
+      variant<Tile<T, true, 144, 256, false, 2, 1, 1, 1, true>>(),
+      variant<Tile<T, true, 160, 256, false, 1, 2, 1, 1, true>>(),
+      variant<Tile<T, true, 176, 256, false, 1, 2, 1, 1, true>>(),
       // Plain.
-      variant<Tile<T, false, 128, 128, false, 2, 1, 1, 2>>(),
-      variant<Tile<T, false, 128, 256, false, 2, 1, 1, 2>>(),
-      variant<Tile<T, false, 128, 64, false, 2, 1, 1>>(),
-      variant<Tile<T, false, 128, 96, false, 2, 1, 1>>(),
-      variant<Tile<T, false, 128, 128, false, 2, 1, 1>>(),
-      variant<Tile<T, false, 128, 144, false, 2, 1, 1>>(),
-      variant<Tile<T, false, 128, 128, false, 2, 2, 1>>(),
-      variant<Tile<T, false, 128, 128, false, 2, 1, 2>>(),
-      variant<Tile<T, false, 128, 128, false, 2, 1, 4>>(),
-      variant<Tile<T, false, 128, 160, false, 2, 1, 1>>(),
-      variant<Tile<T, false, 128, 192, false, 2, 1, 1>>(),
-      variant<Tile<T, false, 128, 192, true, 2, 1, 1>>(),
-      variant<Tile<T, false, 128, 256, false, 2, 1, 1>>(),
-      variant<Tile<T, false, 128, 192, false, 2, 1, 2>>(),
+      variant<Tile<T, false, 128, 64, false, 1, 1, 1>>(),
       variant<Tile<T, false, 128, 64, false, 1, 1, 2>>(),
       variant<Tile<T, false, 128, 64, false, 1, 1, 4>>(),
-      variant<Tile<T, false, 128, 96, false, 2, 2, 1>>(),
+      variant<Tile<T, false, 128, 64, false, 2, 1, 1>>(),
+      variant<Tile<T, false, 128, 96, false, 1, 1, 1>>(),
       variant<Tile<T, false, 128, 96, false, 1, 1, 4>>(),
+      variant<Tile<T, false, 128, 96, false, 2, 1, 1>>(),
+      variant<Tile<T, false, 128, 96, false, 2, 1, 4>>(),
+      variant<Tile<T, false, 128, 96, false, 2, 2, 1>>(),
+      variant<Tile<T, false, 128, 128, false, 1, 2, 1>>(),
+      variant<Tile<T, false, 128, 128, false, 2, 1, 1>>(),
+      variant<Tile<T, false, 128, 128, false, 2, 1, 1, 2>>(),
+      variant<Tile<T, false, 128, 128, false, 2, 1, 2>>(),
+      variant<Tile<T, false, 128, 160, false, 2, 1, 1>>(),
+      variant<Tile<T, false, 128, 192, true, 2, 1, 1>>(),
+      variant<Tile<T, false, 128, 192, false, 2, 1, 1>>(),
       variant<Tile<T, false, 192, 128, false, 1, 1, 2>>(),
-      variant<Tile<T, false, 192, 96, false, 1, 1, 4>>(),
       variant<Tile<T, false, 256, 128, false, 1, 2, 1>>(),
       variant<Tile<T, false, 256, 160, false, 1, 2, 1>>(),
+      variant<Tile<T, false, 144, 128, false, 1, 2, 1, 1, true>>(),
+      variant<Tile<T, false, 160, 128, false, 1, 2, 1, 2, true>>(),
+      variant<Tile<T, false, 192, 128, false, 1, 2, 1, 1, true>>(),
+      variant<Tile<T, false, 208, 128, false, 1, 2, 1, 1, true>>(),
   };
   *count = sizeof(variants) / sizeof(variants[0]);
   return variants;

@@ -14,7 +14,7 @@ namespace {
 template <bool GATED_, int COLUMNS_, int SPLIT_> struct PartedTile : Warpgroups<2> {
   using T = float;
   using Bits = float;
-  static constexpr bool GATED = GATED_, PINGPONG = false;
+  static constexpr bool GATED = GATED_, PINGPONG = false, TURNED = false;
   static constexpr int ROWS = 64 * CONSUMERS, COLUMNS = COLUMNS_, SHARE = 1, PEERS = 1, SPLIT = SPLIT_, HELD = 1, LINKS = 1,
                        CLUSTER = SPLIT;
   static constexpr int DEPTH = SWIZZLE_BYTES / sizeof(T);
@@ -23,6 +23,7 @@ template <bool GATED_, int COLUMNS_, int SPLIT_> struct PartedTile : Warpgroups<
   static constexpr int ROW_BYTES = ROWS * SWIZZLE_BYTES, BOX_BYTES = COLUMNS / BOXES * SWIZZLE_BYTES;
   static constexpr int STAGE_BYTES = ROW_BYTES + 2 * BOXES * BOX_BYTES;
   static constexpr int CHUNK = 0, CHUNK_BYTES = 16 * CHUNK * 4; // written from registers
+  static constexpr int OUT_BOX_ROWS = 0, OUT_BOX_BYTES = 0;
   static constexpr int BIAS_BYTES = CONSUMERS * COLUMNS * sizeof(T);
   static constexpr int FIT = (SHARED_BYTES - SWIZZLE_ALIGN - BIAS_BYTES - 256) / STAGE_BYTES;
   static constexpr int STAGES = FIT < 8 ? FIT : 8;
@@ -110,14 +111,11 @@ template <class K, Finish FINISH>
 __device__ __forceinline__ void write_split_rows(const Product &p, unsigned sums_at, const Place<K> &at, int row,
                                                  int column, unsigned biases) {
   constexpr int UNITS = K::OUT_COLUMNS / 8;
-  const auto sum = [&](int i) { return sum_of_parts<K>(sums_at, at, i); };
   for (int unit = at.split * UNITS / K::SPLIT; unit < (at.split + 1) * UNITS / K::SPLIT; ++unit) {
     float values[4], up[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      values[i] = sum(4 * unit + i);
-      up[i] = K::GATED ? sum(4 * unit + i + K::SUMS / 2) : 0.f;
-    }
+    add_parts<K>(sums_at, at, unit, values);
+    if (K::GATED)
+      add_parts<K>(sums_at, at, unit + K::SUMS / 8, up);
     write_eight<K, FINISH>(p, row, column, 8 * unit, biases, values, up);
   }
 }
@@ -293,9 +291,11 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, 1) parted_kerne
     cluster_meet();
   if (threadIdx.x < WARPGROUP) {
     give_registers<K::PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0)
-      produce(p, ring, at);
-    else if (threadIdx.x >= 32)
+    const int warp = warp_of_block();
+    if (warp == 0) {
+      if (elected())
+        produce(p, ring, at);
+    } else
       part_weights(p, ring, at);
     __syncwarp();
     if (K::SPLIT > 1)

@@ -45,6 +45,7 @@ struct Variant {
   int share, peers, split, links;
   int (*resident)(int *blocks); // that the device runs at once, in whole clusters
   int (*enqueue)(const Operands &operands, cudaStream_t stream);
+  bool turned = false; // tokens are the products' columns
 };
 
 // All of a dtype.

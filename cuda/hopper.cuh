@@ -59,21 +59,22 @@ __device__ __forceinline__ void barrier_wait(unsigned barrier, unsigned parity) 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tensor copies
 
+// True in one thread of a warp, always the same one. The compiler knows that it is one: a copy's operands, which the hardware takes
+// from registers of the warp, are then put there once and not in a loop over the threads that might differ.
+__device__ __forceinline__ bool elected() {
+  unsigned chosen;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}\n" : "=r"(chosen)::"memory");
+  return chosen;
+}
+// The number of a thread's warp in its block, which the compiler knows to be the same for all of the warp.
+__device__ __forceinline__ int warp_of_block() { return __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0); }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// For what is read as often as all else.
-__device__ __forceinline__ unsigned long long evict_normal_policy() {
-  unsigned long long policy;
-  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
 // A box of the matrix, from `column` and `row` on, to shared memory; zeros outside the matrix. The barrier gets the box's bytes.
-__device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap *map, int column, int row, unsigned barrier,
-                                         unsigned long long policy) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-               "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-               "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+__device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap *map, int column, int row, unsigned barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+               "l"(map), "r"(column), "r"(row), "r"(barrier)
                : "memory");
 }
 // The same as far as L2: nothing that this kernel reads before it has to, should another kernel be writing it.
@@ -99,11 +100,10 @@ __device__ __forceinline__ void fence_global_copies() { asm volatile("fence.prox
 // A box to the same place in every block of the cluster that `blocks` has a bit for; each block's barrier at the same place
 // gets the bytes.
 __device__ __forceinline__ void copy_box_to_cluster(unsigned to, const CUtensorMap *map, int column, int row,
-                                                    unsigned barrier, unsigned short blocks,
-                                                    unsigned long long policy) {
+                                                    unsigned barrier, unsigned short blocks) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-               ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
-               "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks), "l"(policy)
+               " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+               "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
                : "memory");
 }
 
@@ -126,6 +126,12 @@ __device__ __forceinline__ void fence_shared_copies() { asm volatile("fence.prox
 // of matrix i / 8.
 __device__ __forceinline__ void store_matrices(unsigned address, unsigned a, unsigned b, unsigned c, unsigned d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+// The same of the matrices' columns: lane i gives the address of column i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_matrices_turned(unsigned address, unsigned a, unsigned b, unsigned c, unsigned d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
                "r"(d)
                : "memory");
 }
@@ -156,9 +162,12 @@ __device__ __forceinline__ unsigned cluster_address(unsigned address, unsigned r
 __device__ __forceinline__ void barrier_arrive_in_cluster(unsigned there) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
 }
-__device__ __forceinline__ float load_from_cluster(unsigned there) {
-  float v;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there) : "memory");
+__device__ __forceinline__ float4 load_from_cluster_16(unsigned there) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(there)
+               : "memory");
   return v;
 }
 
@@ -260,6 +269,8 @@ template <typename T, int N> struct WarpgroupProduct;
   FUSED_MLP_PRODUCT(T, NAME, 144, FUSED_MLP_SEVENTY "%70,%71", "%72", "%73", "%74", FUSED_MLP_F64(0), FUSED_MLP_F8(64))       \
   FUSED_MLP_PRODUCT(T, NAME, 160, FUSED_MLP_SEVENTY "%70,%71,%72,%73,%74,%75,%76,%77,%78,%79", "%80", "%81", "%82",           \
                     FUSED_MLP_F64(0), FUSED_MLP_F16(64))                                                               \
+  FUSED_MLP_PRODUCT(T, NAME, 176, FUSED_MLP_SEVENTY FUSED_MLP_TEN(7) "%80,%81,%82,%83,%84,%85,%86,%87", "%88", "%89", "%90",   \
+                    FUSED_MLP_F64(0), FUSED_MLP_F16(64), FUSED_MLP_F8(80))                                             \
   FUSED_MLP_PRODUCT(T, NAME, 192, FUSED_MLP_SEVENTY FUSED_MLP_TEN(7) FUSED_MLP_TEN(8) "%90,%91,%92,%93,%94,%95",       \
                     "%96", "%97", "%98", FUSED_MLP_F64(0), FUSED_MLP_F32(64))                                                 \
   FUSED_MLP_PRODUCT(T, NAME, 208, FUSED_MLP_HUNDRED "%100,%101,%102,%103", "%104", "%105", "%106", FUSED_MLP_F64(0),           \

@@ -56,8 +56,8 @@ template <typename T> std::vector<Variant> all_variants(bool ampere) {
 
 std::string name_of(const Variant &v) {
   char text[64];
-  std::snprintf(text, sizeof text, "%s %dx%d%s%s%s%s%s", v.gated ? "gated" : "plain", v.rows, v.weights,
-                v.pingpong ? " pp" : "", v.share > 1 ? " share2" : "", v.peers > 1 ? " peers2" : "",
+  std::snprintf(text, sizeof text, "%s %dx%d%s%s%s%s%s%s", v.gated ? "gated" : "plain", v.rows, v.weights,
+                v.turned ? " turned" : "", v.pingpong ? " pp" : "", v.share > 1 ? " share2" : "", v.peers > 1 ? " peers2" : "",
                 v.split > 1 ? (v.split == 2 ? " split2" : v.split == 4 ? " split4" : " split8") : "",
                 v.links > 1 ? " links2" : "");
   return text;
