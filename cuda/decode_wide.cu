@@ -659,14 +659,15 @@ int remembered_choice(const DeviceFacts &facts, const FusedMlpArgs &args, int to
 
 int wide_tokens_at_once(const DeviceFacts &device, const FusedMlpArgs &args, int *tokens) {
   *tokens = 0;
-  if (!device.hopper || (args.dtype != FUSED_MLP_BF16 && args.dtype != FUSED_MLP_F16) || args.hidden_size % CHUNK != 0 ||
-      args.intermediate_size % CHUNK != 0 || args.output_size % 8 != 0)
-    return FUSED_MLP_OK;
-  const WideVariant *narrow = nullptr, *wide = nullptr;
   Finish finish;
   float slope;
+  if (!device.hopper || (args.dtype != FUSED_MLP_BF16 && args.dtype != FUSED_MLP_F16) || args.hidden_size % CHUNK != 0 ||
+      args.intermediate_size % CHUNK != 0 || args.output_size % 8 != 0 ||
+      (args.tokens > NARROW_TOKENS && !finish_of(args.activation, &finish, &slope)))
+    return FUSED_MLP_OK;
+  const WideVariant *narrow = nullptr, *wide = nullptr;
   int status = remembered_choice(device, args, NARROW_TOKENS, &narrow);
-  if (status == FUSED_MLP_OK && args.tokens > NARROW_TOKENS && finish_of(args.activation, &finish, &slope))
+  if (status == FUSED_MLP_OK && args.tokens > NARROW_TOKENS)
     status = remembered_choice(device, args, WIDE_TOKENS, &wide);
   *tokens = wide ? WIDE_TOKENS : narrow ? NARROW_TOKENS : 0;
   return status;
