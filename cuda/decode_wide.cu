@@ -3,18 +3,19 @@
 //
 // One block per multiprocessor. One thread, the producer, keeps a ring of stages in shared memory full, a warpgroup for each 64
 // tokens multiplies what has come. A stage is some chunks of 128 bytes of depth: of each, all tokens' rows and a tile's weight
-// rows. A tile's sums of gate and up of a hidden element are in one thread, which finishes them. When the producer has asked for its last gate and up rows it goes on to ask for down rows, which depend
-// on nothing: the one grid-wide wait, for the hidden rows, passes while they are on the way. The parts of the second
-// layer's depth are the blocks' of a cluster, which add their sums in order.
+// rows. A tile's sums of gate and up of a hidden element are in one thread, which finishes them. When the producer has asked
+// for its last gate and up rows it goes on to ask for down rows, which depend on nothing: the one grid-wide wait, for the
+// hidden rows, passes while they are on the way. The parts of the second layer's depth are the blocks' of a cluster, which add
+// their sums in order.
 //
 // No deadlock, whatever is resident, as in decode_hopper.cu: a block waits for the hidden rows only, and each tile of the first
 // layer is either held by a block that runs, or free for a block whose wait is long to claim. A tile that somebody else claimed
 // is computed by its owner in vain, and not written. Dependent launch and counters are as there, too.
 //
 // Among up to 64 tokens a row has the bits that decode_hopper.cu gives it, whatever is beside it: sums are cut as there
-// (decode_hopper.cuh), a product's sums are the same whichever operand the weights are, and what becomes of a sum is computed by the
-// same functions. Among more, a row's bits depend on nothing but the weights' shape: they are finished as by the kernels for many
-// tokens, which takes fewer instructions.
+// (decode_hopper.cuh), a product's sums are the same whichever operand the weights are, and what becomes of a sum is computed
+// by the same functions. Among more, a row's bits depend on nothing but the weights' shape; there the hidden rows are finished
+// as by the kernels for many tokens, in fewer instructions.
 #include "decode_hopper.cuh"
 #include "gemm_hopper.cuh"
 
@@ -243,8 +244,8 @@ template <class K, class R>
 __device__ __forceinline__ bool multiply_wide(R &ring, int chunks, unsigned row_bytes, float (&sums)[K::SUMS]) {
   constexpr int OWN_SUMS = K::OUT_COLUMNS / 2;               // of one matrix
   constexpr int PARITIES = K::ROWS == NARROW_TOKENS ? 2 : 1; // sums of even and of odd chunks, or of all
+  constexpr int TURNS = K::CHUNKS % PARITIES == 0 ? 1 : 2;   // stages until an even chunk has the same place again
   const unsigned own_rows = (threadIdx.x / WARPGROUP - 1) * NARROW_TOKENS * SWIZZLE_BYTES;
-  constexpr int TURNS = K::CHUNKS % PARITIES == 0 ? 1 : 2; // stages until an even chunk has the same place again
   float parts[PARITIES][K::MATRICES][OWN_SUMS];
 #pragma unroll
   for (int i = 0; i < PARITIES * K::MATRICES * OWN_SUMS; ++i)
@@ -311,11 +312,12 @@ __device__ __forceinline__ bool multiply_wide(R &ring, int chunks, unsigned row_
   return ours;
 }
 
-// Finishes and writes a warp's rows of a tile of the first layer, 16 columns at a time: as `write_tile`, but by the functions that
-// decode_hopper.cu calls. Rows behind those that were copied are whatever was in shared memory: extreme numbers would take long.
+// Finishes and writes a warp's rows of a tile of the first layer, 16 columns at a time: as `write_tile`, but by the functions
+// that decode_hopper.cu calls. Rows behind those that were copied are whatever was in shared memory: extreme numbers would
+// take long.
 template <class K>
-__device__ __forceinline__ void write_hidden(const WideArgs &args, Outbox<K> &outbox, float (&sums)[K::SUMS], int row, int column,
-                                             unsigned biases) {
+__device__ __forceinline__ void write_hidden(const WideArgs &args, Outbox<K> &outbox, float (&sums)[K::SUMS], int row,
+                                             int column, unsigned biases) {
   constexpr int STEP = K::CHUNK / 16, UNITS = K::OUT_COLUMNS / 16, HALF = K::OUT_COLUMNS / 2;
   if (row >= args.box_rows)
     return;
@@ -537,7 +539,8 @@ template <class R> int enqueue_wide(const Shape &shape, int dtype, cudaStream_t 
   return cudaLaunchKernelEx(&config, wide_kernel<R>, args);
 }
 
-template <typename T, bool GATED, int ROWS, int COLUMNS, int CHUNKS, int SECOND_COLUMNS, int SPLIT, int HELD, int SECOND_CHUNKS>
+template <typename T, bool GATED, int ROWS, int COLUMNS, int CHUNKS, int SECOND_COLUMNS, int SPLIT, int HELD,
+          int SECOND_CHUNKS>
 constexpr WideVariant wide_variant() {
   using A = WideTile<T, GATED, ROWS, COLUMNS, 1, 1, CHUNKS>;
   using R = WideRing<A, WideTile<T, false, ROWS, SECOND_COLUMNS, SPLIT, HELD, SECOND_CHUNKS>>;
