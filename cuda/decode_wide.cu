@@ -3,18 +3,19 @@
 //
 // One block per multiprocessor. One thread, the producer, keeps a ring of stages in shared memory full, a warpgroup for each 64
 // tokens multiplies what has come. A stage is some chunks of 128 bytes of depth: of each, all tokens' rows and a tile's weight
-// rows. A tile's sums of gate and up of a hidden element are in one thread, which finishes them. When the producer has asked for its last gate and up rows it goes on to ask for down rows, which depend
-// on nothing: the one grid-wide wait, for the hidden rows, passes while they are on the way. The parts of the second
-// layer's depth are the blocks' of a cluster, which add their sums in order.
+// rows. A tile's sums of gate and up of a hidden element are in one thread, which finishes them. When the producer has asked
+// for its last gate and up rows it goes on to ask for down rows, which depend on nothing: the one grid-wide wait, for the
+// hidden rows, passes while they are on the way. The parts of the second layer's depth are the blocks' of a cluster, which add
+// their sums in order.
 //
 // No deadlock, whatever is resident, as in decode_hopper.cu: a block waits for the hidden rows only, and each tile of the first
 // layer is either held by a block that runs, or free for a block whose wait is long to claim. A tile that somebody else claimed
 // is computed by its owner in vain, and not written. Dependent launch and counters are as there, too.
 //
 // Among up to 64 tokens a row has the bits that decode_hopper.cu gives it, whatever is beside it: sums are cut as there
-// (decode_hopper.cuh), a product's sums are the same whichever operand the weights are, and what becomes of a sum is computed by the
-// same functions. Among more, a row's bits depend on nothing but the weights' shape: they are finished as by the kernels for many
-// tokens, which takes fewer instructions.
+// (decode_hopper.cuh), a product's sums are the same whichever operand the weights are, and what becomes of a sum is computed
+// by the same functions. Among more, a row's bits depend on nothing but the weights' shape; there the hidden rows are finished
+// as by the kernels for many tokens, in fewer instructions.
 #include "decode_hopper.cuh"
 #include "gemm_hopper.cuh"
 
@@ -38,8 +39,6 @@ template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, int SPLIT_, int HEL
   static constexpr int MATRICES = GATED ? 2 : 1; // each by itself in a stage
   static constexpr int OUT_COLUMNS = COLUMNS / MATRICES;
   static constexpr int SUMS = COLUMNS / 2; // of a thread
-  [[maybe_unused]] static constexpr bool RING_BITS = ROWS == NARROW_TOKENS;
-  [[maybe_unused]] static constexpr int PARITIES = RING_BITS ? 2 : 1; // sums of even and of odd chunks, or of all
   // Columns that a warp writes at once; where blocks share the writing, as few as can be.
   static constexpr int CHUNK = SPLIT > 1 ? 16 : OUT_COLUMNS % 64 == 0 ? 64 : OUT_COLUMNS % 32 == 0 ? 32 : 16;
   static constexpr int CHUNK_BYTES = 16 * CHUNK * 2;
@@ -243,12 +242,13 @@ template <class R> __device__ __forceinline__ void produce_wide(const WideArgs &
 // A tile's sums over so many chunks, those of even and of odd ones added, and whether the tile is ours.
 template <class K, class R>
 __device__ __forceinline__ bool multiply_wide(R &ring, int chunks, unsigned row_bytes, float (&sums)[K::SUMS]) {
-  constexpr int OWN_SUMS = K::OUT_COLUMNS / 2; // of one matrix
+  constexpr int OWN_SUMS = K::OUT_COLUMNS / 2;               // of one matrix
+  constexpr int PARITIES = K::ROWS == NARROW_TOKENS ? 2 : 1; // sums of even and of odd chunks, or of all
+  constexpr int TURNS = K::CHUNKS % PARITIES == 0 ? 1 : 2;   // stages until an even chunk has the same place again
   const unsigned own_rows = (threadIdx.x / WARPGROUP - 1) * NARROW_TOKENS * SWIZZLE_BYTES;
-  constexpr int TURNS = K::CHUNKS % K::PARITIES == 0 ? 1 : 2; // stages until an even chunk has the same place again
-  float parts[K::PARITIES][K::MATRICES][OWN_SUMS];
+  float parts[PARITIES][K::MATRICES][OWN_SUMS];
 #pragma unroll
-  for (int i = 0; i < K::PARITIES * K::MATRICES * OWN_SUMS; ++i)
+  for (int i = 0; i < PARITIES * K::MATRICES * OWN_SUMS; ++i)
     (&parts[0][0][0])[i] = 0.f;
   const int whole = chunks / K::CHUNKS, stages = stages_of<K>(chunks);
   int before = 0, ours = 0;
@@ -264,7 +264,7 @@ __device__ __forceinline__ bool multiply_wide(R &ring, int chunks, unsigned row_
   const auto end = [&] {
     products_wait<0>();
 #pragma unroll
-    for (int parity = 0; parity < K::PARITIES; ++parity)
+    for (int parity = 0; parity < PARITIES; ++parity)
 #pragma unroll
       for (int m = 0; m < K::MATRICES; ++m)
         pin(parts[parity][m]);
@@ -278,7 +278,7 @@ __device__ __forceinline__ bool multiply_wide(R &ring, int chunks, unsigned row_
       products_begin();
 #pragma unroll
       for (int c = 0; c < K::CHUNKS; ++c)
-        add(c, parts[(turn * K::CHUNKS + c) % K::PARITIES]);
+        add(c, parts[(turn * K::CHUNKS + c) % PARITIES]);
       products_commit();
       if (s > 0) {
         products_wait<1>();
@@ -308,22 +308,26 @@ __device__ __forceinline__ bool multiply_wide(R &ring, int chunks, unsigned row_
   for (int m = 0; m < K::MATRICES; ++m)
 #pragma unroll
     for (int i = 0; i < OWN_SUMS; ++i)
-      sums[m * OWN_SUMS + i] = K::PARITIES == 1 ? parts[0][m][i] : parts[0][m][i] + parts[K::PARITIES - 1][m][i];
+      sums[m * OWN_SUMS + i] = PARITIES == 1 ? parts[0][m][i] : parts[0][m][i] + parts[PARITIES - 1][m][i];
   return ours;
 }
 
-// Finishes and writes a warp's rows of a tile of the first layer, 16 columns at a time: as `write_tile`, but by the functions that
-// decode_hopper.cu calls.
+// Finishes and writes a warp's rows of a tile of the first layer, 16 columns at a time: as `write_tile`, but by the functions
+// that decode_hopper.cu calls. Rows behind those that were copied are whatever was in shared memory: extreme numbers would
+// take long.
 template <class K>
-__device__ __forceinline__ void write_hidden(const WideArgs &args, Outbox<K> &outbox, float (&sums)[K::SUMS], int row, int column,
-                                             unsigned biases) {
+__device__ __forceinline__ void write_hidden(const WideArgs &args, Outbox<K> &outbox, float (&sums)[K::SUMS], int row,
+                                             int column, unsigned biases) {
   constexpr int STEP = K::CHUNK / 16, UNITS = K::OUT_COLUMNS / 16, HALF = K::OUT_COLUMNS / 2;
+  if (row >= args.box_rows)
+    return;
+  const bool all_copied = row + GROUP < args.box_rows; // of a thread's two rows
 #pragma unroll 1
   for (int unit = 0; unit < UNITS; ++unit) {
     float values[8], factors[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      values[i] = sums[i];
+      values[i] = all_copied || i % 4 < 2 ? sums[i] : 0.f;
       factors[i] = K::GATED ? sums[K::SUMS - HALF + i] : 1.f;
     }
 #pragma unroll
@@ -386,7 +390,7 @@ template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &
       continue;
     const int column = command * A::OUT_COLUMNS;
     const unsigned biases = biases_of(A(), first, column);
-    if constexpr (A::RING_BITS)
+    if constexpr (A::ROWS == NARROW_TOKENS)
       write_hidden<A>(args, hidden, sums[0], row, column, biases);
     else
       with_finish<A::GATED>(first.finish,
@@ -512,7 +516,8 @@ template <class R> int enqueue_wide(const Shape &shape, int dtype, cudaStream_t 
   second.tiles = divide_up(o, B::OUT_COLUMNS);
   first.chunks = first.part_chunks = h / CHUNK;
   second.chunks = n / CHUNK;
-  second.part_chunks = B::RING_BITS ? part_chunks(second.chunks, B::SPLIT * B::HELD) : divide_up(second.chunks, B::SPLIT * B::HELD);
+  constexpr int PARTS = B::SPLIT * B::HELD;
+  second.part_chunks = B::ROWS == NARROW_TOKENS ? part_chunks(second.chunks, PARTS) : divide_up(second.chunks, PARTS);
   args.counters = shape.counters;
   args.activation = shape.activation;
   args.activation_param = static_cast<float>(shape.activation_param);
@@ -534,7 +539,8 @@ template <class R> int enqueue_wide(const Shape &shape, int dtype, cudaStream_t 
   return cudaLaunchKernelEx(&config, wide_kernel<R>, args);
 }
 
-template <typename T, bool GATED, int ROWS, int COLUMNS, int CHUNKS, int SECOND_COLUMNS, int SPLIT, int HELD, int SECOND_CHUNKS>
+template <typename T, bool GATED, int ROWS, int COLUMNS, int CHUNKS, int SECOND_COLUMNS, int SPLIT, int HELD,
+          int SECOND_CHUNKS>
 constexpr WideVariant wide_variant() {
   using A = WideTile<T, GATED, ROWS, COLUMNS, 1, 1, CHUNKS>;
   using R = WideRing<A, WideTile<T, false, ROWS, SECOND_COLUMNS, SPLIT, HELD, SECOND_CHUNKS>>;
@@ -656,14 +662,15 @@ int remembered_choice(const DeviceFacts &facts, const FusedMlpArgs &args, int to
 
 int wide_tokens_at_once(const DeviceFacts &device, const FusedMlpArgs &args, int *tokens) {
   *tokens = 0;
-  if (!device.hopper || (args.dtype != FUSED_MLP_BF16 && args.dtype != FUSED_MLP_F16) || args.hidden_size % CHUNK != 0 ||
-      args.intermediate_size % CHUNK != 0 || args.output_size % 8 != 0)
-    return FUSED_MLP_OK;
-  const WideVariant *narrow = nullptr, *wide = nullptr;
   Finish finish;
   float slope;
+  if (!device.hopper || (args.dtype != FUSED_MLP_BF16 && args.dtype != FUSED_MLP_F16) || args.hidden_size % CHUNK != 0 ||
+      args.intermediate_size % CHUNK != 0 || args.output_size % 8 != 0 ||
+      (args.tokens > NARROW_TOKENS && !finish_of(args.activation, &finish, &slope)))
+    return FUSED_MLP_OK;
+  const WideVariant *narrow = nullptr, *wide = nullptr;
   int status = remembered_choice(device, args, NARROW_TOKENS, &narrow);
-  if (status == FUSED_MLP_OK && args.tokens > NARROW_TOKENS && finish_of(args.activation, &finish, &slope))
+  if (status == FUSED_MLP_OK && args.tokens > NARROW_TOKENS)
     status = remembered_choice(device, args, WIDE_TOKENS, &wide);
   *tokens = wide ? WIDE_TOKENS : narrow ? NARROW_TOKENS : 0;
   return status;

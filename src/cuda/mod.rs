@@ -37,10 +37,9 @@ pub enum Kernel {
     /// of bf16 and f16 and small models whose weights fit there.
     DecodeResident,
     /// Both layers in one launch, tokens as the rows of the tensor cores' products; on sm_90, for some dozens of tokens of bf16
-    /// and f16 (up to 128 in a launch), where all rows lie on 16 bytes and are whole pieces of 128 bytes, with the activations of
-    /// [`Gemm`](Self::Gemm). Chosen for some models at 65 to 128 tokens. At 33 to 64 it is up to a third faster than
-    /// [`DecodeHopper`](Self::DecodeHopper), but a row would have other bits there than alone, so it runs only where
-    /// [`with`](Self::with) asks for it.
+    /// and f16 (up to 128 in a launch), where all rows lie on 16 bytes and are whole pieces of 128 bytes. Up to 64 tokens a row has
+    /// the bits that [`DecodeHopper`](Self::DecodeHopper) gives it; it is chosen from 33 on, for outputs of at most 32 columns per
+    /// multiprocessor. At 65 to 128 tokens, with the activations of [`Gemm`](Self::Gemm), it is chosen for some models.
     DecodeWide,
     /// Both layers in one launch, weights by tensor copies to the tensor cores; on sm_90, for bf16, f16 and f32 where all rows
     /// lie on 16 bytes and are whole pieces of 128 bytes. In f32 each product is three of parts of 11 bits, as accurate as f32's own.
