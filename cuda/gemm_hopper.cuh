@@ -254,15 +254,19 @@ template <class K> struct Ring {
 };
 
 // The tile of a number: rows fastest within a group of row tiles, whose rows stay in L2 while the weights go by.
-__device__ __forceinline__ int group_height(const Product &p, int tile) {
-  return min(p.group, p.row_tiles - tile / (p.group * p.column_tiles) * p.group);
-}
-__device__ __forceinline__ int row_tile_of(const Product &p, int tile) {
-  const int per_group = p.group * p.column_tiles;
-  return tile / per_group * p.group + tile % per_group % group_height(p, tile);
-}
-__device__ __forceinline__ int column_tile_of(const Product &p, int tile) {
-  return tile % (p.group * p.column_tiles) / group_height(p, tile);
+struct TilePlace {
+  int row_tile, column_tile;
+};
+__device__ __forceinline__ TilePlace tile_place(const Product &p, int tile) {
+  unsigned first = 0, height = p.row_tiles, within = tile;
+  if (p.row_tiles > p.group) {
+    const unsigned per_group = p.group * p.column_tiles, group = within / per_group;
+    within -= group * per_group;
+    first = group * p.group;
+    height = min(static_cast<unsigned>(p.group), p.row_tiles - first);
+  }
+  const unsigned column_tile = within / height;
+  return {static_cast<int>(first + within - column_tile * height), static_cast<int>(column_tile)};
 }
 
 // A block's place in its cluster.
@@ -276,9 +280,10 @@ template <class K> struct Place {
     return (split * K::PEERS + peer) * K::SHARE + share;
   }
   // The first row and the first column of the output, of a tile of the cluster.
-  __device__ int row_of(const Product &p, int tile) const { return (row_tile_of(p, tile) * K::SHARE + share) * K::ROWS; }
-  __device__ int column_of(const Product &p, int tile) const {
-    return (column_tile_of(p, tile) * K::PEERS + peer) * K::OUT_COLUMNS;
+  __device__ void locate(const Product &p, int tile, int &row, int &column) const {
+    const TilePlace found = tile_place(p, tile);
+    row = (found.row_tile * K::SHARE + share) * K::ROWS;
+    column = (found.column_tile * K::PEERS + peer) * K::OUT_COLUMNS;
   }
   // Its part of a tile's stages. The first of two clusters has fewer: the other one waits for its sums.
   __device__ int first_stage(int stages) const {
@@ -453,22 +458,27 @@ __device__ __forceinline__ void write_split_turned_tile(const Product &p, Turned
     }
 }
 
-template <class K> __device__ __forceinline__ void produce(const Product &p, const Ring<K> &ring, const Place<K> &at) {
-  const int step = at.step, tiles = p.row_tiles * p.column_tiles;
-  const int first_stage = at.first_stage(p.stages), end_stage = at.end_stage(p.stages);
-  int row = 0, column = 0, count = 0; // of a tile's rows that are tokens: the others' sums go nowhere
-  const auto place = [&](int tile) {
-    row = at.row_of(p, tile);
-    column = at.column_of(p, tile);
+// What a producer asks for: a stage of a tile.
+template <class K> struct Copies {
+  const Product &p;
+  const Ring<K> &ring;
+  const Place<K> &at;
+  int row, column, count; // of a tile's rows that are tokens: the others' sums go nowhere
+
+  __device__ Copies(const Product &p, const Ring<K> &ring, const Place<K> &at) : p(p), ring(ring), at(at) {
+    locate(at.first_tile);
+  }
+  __device__ void locate(int tile) {
+    at.locate(p, tile, row, column);
     count = min(max(p.tokens - row, 0), K::ROWS);
-  };
-  const auto expect = [&](int stage) {
+  }
+  __device__ void expect(int stage) const {
     barrier_arrive_expect(ring.full(stage), count * SWIZZLE_BYTES + K::BOXES * K::BOX_BYTES);
-  };
+  }
   // Part of a tile's weights: the gate's or up's rows, or rows of the one weight.
-  const auto part_map = [&](int part) { return K::GATED && part > 0 ? &p.up : &p.weights; };
-  const auto part_row = [&](int part) { return K::GATED ? column : column + part * (K::COLUMNS / K::BOXES); };
-  const auto copy_weights = [&](int stage, int depth) {
+  __device__ const CUtensorMap *part_map(int part) const { return K::GATED && part > 0 ? &p.up : &p.weights; }
+  __device__ int part_row(int part) const { return K::GATED ? column : column + part * (K::COLUMNS / K::BOXES); }
+  __device__ void weights(int stage, int depth) const {
     if constexpr (K::SHARE == 1) {
 #pragma unroll
       for (int part = 0; part < K::BOXES; ++part)
@@ -479,8 +489,18 @@ template <class K> __device__ __forceinline__ void produce(const Product &p, con
                           part_row(at.share), ring.full(stage),
                           ((1 << K::SHARE) - 1) << at.rank_of(0, at.peer, at.split));
     }
-  };
-  const auto copy_row_box = [&](const CUtensorMap *map, int stage, int depth, int first) {
+  }
+  // The same as far as L2.
+  __device__ void prefetch_weights(int depth) const {
+    if constexpr (K::SHARE == 1) {
+#pragma unroll
+      for (int part = 0; part < K::BOXES; ++part)
+        prefetch_box(part_map(part), depth * K::DEPTH, part_row(part));
+    } else {
+      prefetch_box(part_map(at.share), depth * K::DEPTH, part_row(at.share));
+    }
+  }
+  __device__ void row_box(const CUtensorMap *map, int stage, int depth, int first) const {
     const unsigned to = ring.rows(stage) + first * SWIZZLE_BYTES;
     if constexpr (K::PEERS == 1) {
       copy_box(to, map, depth * K::DEPTH, row + first, ring.full(stage));
@@ -489,38 +509,50 @@ template <class K> __device__ __forceinline__ void produce(const Product &p, con
       copy_box_to_cluster(to, map, depth * K::DEPTH, row + first, ring.full(stage),
                           (1 << at.rank_of(at.share, 0, at.split)) | (1 << at.rank_of(at.share, 1, at.split)));
     }
-  };
-  const auto copy_rows = [&](int stage, int depth) {
+  }
+  __device__ void rows(int stage, int depth) const {
     // Nothing that lies outside the matrix: a box of that takes longer.
     if (count == K::ROWS)
-      copy_row_box(&p.rows, stage, depth, at.peer * (K::ROWS / K::PEERS));
+      row_box(&p.rows, stage, depth, at.peer * (K::ROWS / K::PEERS));
     else if (count > 0 && at.peer == 0)
-      copy_row_box(&p.last_rows, stage, depth, 0);
-  };
+      row_box(&p.last_rows, stage, depth, 0);
+  }
+  // Stages that can be asked for, but for their rows, before the kernel before is over.
+  __device__ int early() const {
+    return min(at.end_stage(p.stages) - at.first_stage(p.stages), static_cast<int>(K::STAGES));
+  }
+};
 
-  int tile = at.first_tile, depth = first_stage;
-  place(tile);
-  // What can be asked for before the kernel before is over.
-  const int early = min(end_stage - first_stage, static_cast<int>(K::STAGES));
+// Asks for the first tile's weights: as far as L2 where the kernel before may write them.
+template <class K> __device__ __forceinline__ void produce_early(const Copies<K> &copies) {
+  const int first_stage = copies.at.first_stage(copies.p.stages), early = copies.early();
+#pragma unroll 1
   for (int i = 0; i < early; ++i) {
-    if (p.weights_early) {
-      expect(i);
-      copy_weights(i, first_stage + i);
-    } else if (K::SHARE == 1) {
-#pragma unroll
-      for (int part = 0; part < K::BOXES; ++part)
-        prefetch_box(part_map(part), (first_stage + i) * K::DEPTH, part_row(part));
+    if (copies.p.weights_early) {
+      copies.expect(i);
+      copies.weights(i, first_stage + i);
     } else {
-      prefetch_box(part_map(at.share), (first_stage + i) * K::DEPTH, part_row(at.share));
+      copies.prefetch_weights(first_stage + i);
     }
   }
+}
+
+// Asks for all else. A stage's rows may arrive before its bytes are expected.
+template <class K> __device__ __forceinline__ void produce(Copies<K> &copies) {
+  const Product &p = copies.p;
+  const Ring<K> &ring = copies.ring;
+  const int tiles = p.row_tiles * p.column_tiles;
+  const int first_stage = copies.at.first_stage(p.stages), end_stage = copies.at.end_stage(p.stages);
+  int tile = copies.at.first_tile, depth = first_stage;
   wait_for_previous_kernel();
   release_next_kernel();
   int stage = 0;
   unsigned parity = 1;
   if (p.weights_early) {
+    const int early = copies.early();
+#pragma unroll 1
     for (; stage < early; ++stage)
-      copy_rows(stage, first_stage + stage);
+      copies.rows(stage, first_stage + stage);
     depth += early;
     if (stage == K::STAGES) {
       stage = 0;
@@ -528,20 +560,21 @@ template <class K> __device__ __forceinline__ void produce(const Product &p, con
     }
   }
   for (;;) {
+#pragma unroll 1
     for (; depth < end_stage; ++depth) {
       barrier_wait(ring.empty(stage), parity);
-      expect(stage);
-      copy_rows(stage, depth);
-      copy_weights(stage, depth);
+      copies.expect(stage);
+      copies.rows(stage, depth);
+      copies.weights(stage, depth);
       if (++stage == K::STAGES) {
         stage = 0;
         parity ^= 1;
       }
     }
-    tile += step;
+    tile += copies.at.step;
     if (tile >= tiles)
       return;
-    place(tile);
+    copies.locate(tile);
     depth = first_stage;
   }
 }
@@ -651,7 +684,8 @@ template <class K> __device__ __forceinline__ void consume(const Product &p, con
     count = stages;
   }
   for (; tile < tiles; tile += K::PINGPONG ? 2 * step : step) {
-    int row = at.row_of(p, tile), column = at.column_of(p, tile);
+    int row, column;
+    at.locate(p, tile, row, column);
     asm volatile("" : "+r"(row), "+r"(column)); // here, and not between a tile's products and the next's
     // Asked for before the products, put in shared memory after them. While a warpgroup of a pair waits the other
     // multiplies, so there it keeps no registers for that.
@@ -770,25 +804,33 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, 1) product_kern
   extern __shared__ unsigned char shared[];
   const Ring<K> ring{(shared_address(shared) + SWIZZLE_ALIGN - 1) / SWIZZLE_ALIGN * SWIZZLE_ALIGN};
   const Place<K> at(K::CLUSTER == 1 ? 0 : cluster_rank());
-  if (threadIdx.x == 0) {
-    prefetch_map(&p.rows);
-    prefetch_map(&p.weights);
-    prefetch_map(&p.up);
-    prefetch_map(&p.out);
+  // What a launch begins with is done at once by different warps: until the first stage comes nothing else happens.
+  const int warp = warp_of_block();
+  if (warp == 2 && elected()) {
     for (int stage = 0; stage < K::STAGES; ++stage) {
       barrier_init(ring.full(stage), 1);
       barrier_init(ring.empty(stage), (K::PINGPONG ? 1 : K::CONSUMERS) * (K::SHARE + K::PEERS - 1));
     }
     publish_barriers();
+  } else if (warp == 3 && elected()) {
+    prefetch_map(&p.rows);
+    prefetch_map(&p.last_rows);
+    prefetch_map(&p.weights);
+    prefetch_map(&p.up);
+    prefetch_map(&p.out);
   }
+  Copies<K> copies(p, ring, at);
+  asm volatile("" : "+r"(copies.row), "+r"(copies.column), "+r"(copies.count)); // before the blocks meet
   if constexpr (K::CLUSTER == 1)
     __syncthreads();
   else
     cluster_meet();
   if (threadIdx.x < WARPGROUP) {
     give_registers<K::PRODUCER_REGISTERS>();
-    if (warp_of_block() == 0 && elected())
-      produce(p, ring, at);
+    if (warp == 0 && elected())
+      produce(copies);
+    else if (warp == 1 && elected())
+      produce_early(copies);
     __syncwarp();
     if (K::SPLIT > 1)
       cluster_sync(); // where the consumers exchange sums

@@ -196,7 +196,9 @@ __device__ __forceinline__ void multiply_parted(const Product &p, const Ring<K> 
   int stage = 0;
   unsigned parity = 0;
   for (int tile = at.first_tile; tile < tiles; tile += at.step) {
-    const int row = at.row_of(p, tile) + own_row, column = at.column_of(p, tile);
+    int row, column;
+    at.locate(p, tile, row, column);
+    row += own_row;
     float sums[K::SUMS], stage_sums[K::SUMS];
 #pragma unroll
     for (int i = 0; i < K::SUMS; ++i)
@@ -293,8 +295,11 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, 1) parted_kerne
     give_registers<K::PRODUCER_REGISTERS>();
     const int warp = warp_of_block();
     if (warp == 0) {
-      if (elected())
-        produce(p, ring, at);
+      if (elected()) {
+        Copies<K> copies(p, ring, at);
+        produce_early(copies);
+        produce(copies);
+      }
     } else
       part_weights(p, ring, at);
     __syncwarp();

@@ -592,7 +592,7 @@ int main(int argc, char **argv) {
     };
     const bool quick = has("quick");
     return has("ampere") ? check<B>(quick, true) + check<__half>(quick, true)
-                         : check<B>(quick, false) + check<float>(quick, false);
+                         : check<B>(quick, false) + check<__half>(quick, false) + check<float>(quick, false);
   }
   if (mode == "accuracy")
     return accuracy();
