@@ -100,7 +100,7 @@ template <typename F> __device__ __forceinline__ F activate(Activation activatio
 // v / d, rounded to nearest, for d of 1 or more. The operator has a branch in each division, for the extreme exponents, and one
 // division waits for the other; these are its steps where no exponent is extreme, and one branch for all.
 template <int N> __device__ __forceinline__ void divide_all(float (&v)[N], const float (&d)[N]) {
-  constexpr float LARGE = 1.2379400e27f, SMALL = 1.f / LARGE; // 2^90
+  constexpr float LARGE = 1ull << 60, SMALL = 1.f / LARGE; // no quotient within is extreme
   float quotient[N], largest = 0.f, largest_divisor = 0.f;
   unsigned smallest = ~0u; // of twice the bits less 1: 0, which many a hidden element is, comes last
 #pragma unroll
