@@ -190,7 +190,7 @@ fn choose(facts: &Facts) -> Kernel {
         (DType::F32, 0..=16) => true,
         (DType::F32, 17..=48) => (8..96).contains(&wide),
         (DType::F32, _) => false,
-        (_, 257..=319) => wide >= 256,
+        (_, 257..=320) => wide >= 256,
         _ => false,
     };
     // Where it took no longer than candle's own ops, in ordinary calls of both on an H100. cuBLAS has instructions there that
