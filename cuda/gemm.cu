@@ -118,13 +118,16 @@ int remembered_choice(const Operands &o, bool gated, const Variant **best) {
     bool meets;
     const Variant *best;
   };
-  constexpr int PLACES = 16;
-  static thread_local Memory memories[PLACES] = {};
+  constexpr int PLACE_BITS = 6;
+  static thread_local Memory memories[1 << PLACE_BITS] = {};
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess)
     return error;
-  Memory &m = memories[(o.tokens * 31u + o.depth * 7u + o.columns / 8u) % PLACES];
+  // Sizes are multiples of powers of two, and both products of a square MLP have the same: all of a key's bits count.
+  const unsigned key = o.tokens * 0x9e3779b1u ^ o.depth * 0x85ebca77u ^ o.columns * 0xc2b2ae3du ^ (o.meeting ? 0x27d4eb2fu : 0u) ^
+                       (gated ? 0x165667b1u : 0u);
+  Memory &m = memories[key * 0x9e3779b1u >> (32 - PLACE_BITS)];
   if (!m.best || m.device != device || m.dtype != o.dtype || m.gated != gated || m.tokens != o.tokens ||
       m.depth != o.depth || m.columns != o.columns || m.meets != (o.meeting != nullptr)) {
     const Variant *found = nullptr;

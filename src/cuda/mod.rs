@@ -183,16 +183,13 @@ fn choose(facts: &Facts) -> Kernel {
         (_, 96..256) => 2,
         (_, 256..) => 1,
     };
-    // Where good parts of the last tiles would be empty, or the products are square and their tiles few.
+    // Where the last of few waves of tiles would be half empty.
     let wide = weights / MILLION;
     let matmul_is_faster = match (dtype, tokens) {
         (DType::F32, 0..=16) => true,
         (DType::F32, 17..=48) => (8..96).contains(&wide),
         (DType::F32, _) => false,
-        (_, 129..=512) if !gated && wide >= 24 => true,
-        (_, 129..=160) => wide >= 256,
-        (_, 257..=384) => wide >= 96,
-        (_, 513..=576) => wide >= 64,
+        (_, 257..=320) => wide >= 256,
         _ => false,
     };
     // Where it took no longer than candle's own ops, in ordinary calls of both on an H100. cuBLAS has instructions there that
