@@ -298,12 +298,13 @@ __device__ __forceinline__ bool start_ring(const Shape &shape, const RingPlan &p
     publish_barriers();
   }
   __syncthreads();
-  if (uniform(threadIdx.x >> 5) < CONSUMERS / 32)
+  const int warp = uniform(threadIdx.x >> 5);
+  if (warp < CONSUMERS / 32)
     return true;
   if constexpr (PRODUCER_REGISTERS > 0)
     give_registers<PRODUCER_REGISTERS>();
   ring.parity = 1; // the first round of the ring finds its slots empty
-  if (threadIdx.x == CONSUMERS)
+  if (warp == CONSUMERS / 32 && elected())
     produce<NT>(shape, plan, maps, stages, ring);
   return false;
 }

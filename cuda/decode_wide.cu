@@ -452,7 +452,7 @@ template <class R> __global__ void __launch_bounds__(R::THREADS, 1) wide_kernel(
   if (threadIdx.x < WARPGROUP) {
     if constexpr (R::CONSUMERS == 2)
       give_registers<Warpgroups<2>::PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0)
+    if (warp_of_block() == 0 && elected())
       produce_wide(args, filled);
     __syncwarp();
     if (R::CLUSTER > 1 && static_cast<int>(blockIdx.x) / R::CLUSTER < args.second.tiles)
