@@ -1,4 +1,10 @@
 //! AMX: tiles of sixteen rows of 64 bytes, two of which one instruction multiplies as pairs of bf16 and adds to a third, of f32.
+//!
+//! The first tile is of weights as they lie in memory, sixteen rows of 32 elements; the second of tokens, whose pairs lie in vectors as
+//! [`Gemm`](super::Gemm) lays them out; the third of sums, rows of weights by tokens. As Intel describes it, the instruction adds up the products of the
+//! pairs' first elements, one after the other from zero on and each rounded once, to nearest; the same of their second ones; then
+//! these two sums; and that to the third tile's. It takes subnormal operands for zero, and makes results that are subnormal zero.
+//! A sum goes on over the whole depth, in steps of 32 elements, so that no bit depends on how the work is cut up.
 
 use super::gemm::Weights;
 use std::arch::asm;
