@@ -575,10 +575,13 @@ mod tests {
     fn names_the_kernel_that_runs() -> Result<()> {
         for tier in cpu::Tier::ALL.into_iter().filter(|tier| tier.is_available()) {
             let kernel = |workload: Workload| tier.with(|| Ok(plan(&workload, DeviceLocation::Cpu)?.kernel));
-            let wide = if tier == cpu::Tier::Avx512Bf16 { cpu::Tier::Avx512 } else { tier };
+            let has_pairs = matches!(tier, cpu::Tier::Avx512Amx | cpu::Tier::Avx512Bf16);
+            let wide = if has_pairs { cpu::Tier::Avx512 } else { tier };
+            let family = if tier == cpu::Tier::Avx512Amx { "gemm" } else { "decode" };
             let few = Workload::swiglu(8, 4, 5);
             assert_eq!(kernel(few)?, format!("cpu-decode-{wide}"));
-            assert_eq!(kernel(Workload { dtype: DType::BF16, ..few })?, format!("cpu-decode-{tier}"));
+            assert_eq!(kernel(Workload { dtype: DType::BF16, ..few })?, format!("cpu-{family}-{tier}"));
+            assert_eq!(kernel(Workload { dtype: DType::BF16, tokens: 1, ..few })?, format!("cpu-decode-{tier}"));
             assert_eq!(kernel(Workload { dtype: DType::F64, ..few })?, "cpu-decode-plain");
             assert_eq!(kernel(Workload { tokens: 100, ..few })?, format!("cpu-gemm-{wide}"));
             assert_eq!(kernel(Workload { rows_adjacent: false, ..few })?, format!("cpu-gemm-{wide}"));

@@ -96,12 +96,18 @@ unsafe impl Lanes32 for Avx512 {
     }
 }
 
-/// Pairs of bf16 multiplied and added to f32 sums by one instruction (AVX512-BF16), which reads subnormal operands
-/// as zero.
-pub(crate) struct Avx512Bf16;
+/// Pairs of bf16 multiplied and added to f32 sums by one instruction, which reads subnormal operands as zero: AVX512-BF16's or, of
+/// many tokens, AMX's.
+pub(crate) struct Pairs<const TILES: bool>;
+
+/// Sixteen sums as bf16.
+#[inline(always)]
+unsafe fn rounded(sums: __m512) -> __m256i {
+    std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(sums))
+}
 
 // SAFETY: as for `Avx512`; an operand is two elements.
-unsafe impl Kernel for Avx512Bf16 {
+unsafe impl<const TILES: bool> Kernel for Pairs<TILES> {
     type Element = bf16;
     type Operand = u32;
     type Vector = __m512i;
@@ -159,7 +165,12 @@ unsafe impl Kernel for Avx512Bf16 {
     }
     #[inline(always)]
     unsafe fn round(to: *mut bf16, sums: __m512) {
-        _mm256_storeu_si256(to.cast(), std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(sums)))
+        _mm256_storeu_si256(to.cast(), rounded(sums))
+    }
+    #[inline(always)]
+    unsafe fn round_operands(to: *mut u32, [low, high]: [__m512; 2]) {
+        let (low, high) = (_mm512_cvtepu16_epi32(rounded(low)), _mm512_cvtepu16_epi32(rounded(high)));
+        Self::store(to, _mm512_or_si512(low, _mm512_slli_epi32::<16>(high)))
     }
     #[inline(always)]
     fn operand([low, high]: [bf16; 2]) -> u32 {

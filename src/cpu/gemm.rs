@@ -25,16 +25,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Tokens in a block: enough that reading the weights again for the next block costs little beside the products.
 const TOKEN_BLOCK: usize = 512;
-/// Tokens that a task multiplies a panel of weights with, a multiple of every tile's: few enough that two or three parts stay in the
-/// second cache, and that threads which differ in speed end a phase together.
-const PART: usize = 128;
 /// Bytes of a block of the hidden layer, at most (unless more threads than its panels ask for more).
 const HIDDEN_BYTES: usize = 2 << 20;
-/// Operands of the summed dimension that are summed at a time: a multiple of the lanes.
-const DEPTH_BLOCK: usize = 96;
-/// Rows of weights that a task multiplies: a multiple of the lanes, and of the rows of every tile, so that sums have room for
-/// whole tiles.
-const PANEL: usize = 48;
 
 /// How often the weights are read for this many tokens.
 pub(crate) fn passes(tokens: usize) -> usize {
@@ -105,16 +97,19 @@ impl<'a, K: Compiled> Gemm<'a, K> {
     /// # Errors
     /// No memory for the buffers.
     pub(crate) fn new(problem: &'a Problem<'a, K::Element>, out: &'a mut [K::Element], threads: usize) -> Result<Self> {
-        const { assert!(PART.is_multiple_of(K::ROWS.len() * K::LANES), "a part ends where a tile does") };
+        const {
+            assert!(K::PART.is_multiple_of(K::ROWS.len() * K::LANES), "a part ends where a tile does");
+            assert!(K::WHOLE == 1 || K::PANEL.is_multiple_of(K::WHOLE * K::DEPTH), "panels are whole operands");
+        }
         let tokens = problem.xs.rows;
         let block_tokens = tokens.div_ceil(passes(tokens)).next_multiple_of(K::LANES);
         // As many panels as the cache holds, at least two for each thread; then blocks of even size that begin where
         // blocks of the summed dimension do.
         let intermediate = problem.gate.weight.rows;
-        let panels = intermediate.div_ceil(PANEL).max(1);
-        let panel_bytes = block_tokens * PANEL / K::DEPTH * size_of::<K::Operand>();
+        let panels = intermediate.div_ceil(K::PANEL).max(1);
+        let panel_bytes = block_tokens * K::PANEL / K::DEPTH * size_of::<K::Operand>();
         let most = (HIDDEN_BYTES / panel_bytes).max(2 * threads).min(panels);
-        let unit = DEPTH_BLOCK * K::DEPTH / PANEL;
+        let unit = (K::DEPTH_BLOCK * K::DEPTH).div_ceil(K::PANEL);
         let block_panels = panels.div_ceil(panels.div_ceil(most)).next_multiple_of(unit).min(panels);
 
         let mut phases = Vec::new();
@@ -122,25 +117,25 @@ impl<'a, K: Compiled> Gemm<'a, K> {
             let tokens = first..tokens.min(first + block_tokens);
             phases.push(Phase::Copy { tokens: tokens.clone() });
             // An empty intermediate dimension still has an output, of biases.
-            for first in (0..intermediate.max(1)).step_by(block_panels * PANEL) {
-                let block = first..intermediate.min(first + block_panels * PANEL);
+            for first in (0..intermediate.max(1)).step_by(block_panels * K::PANEL) {
+                let block = first..intermediate.min(first + block_panels * K::PANEL);
                 phases.push(Phase::Hidden { tokens: tokens.clone(), block: block.clone() });
                 phases.push(Phase::Out { tokens: tokens.clone(), block });
             }
         }
         let hidden_size = problem.xs.cols;
         let scratch = || {
-            let weights = Buffer::new([PANEL, DEPTH_BLOCK])?;
-            Ok(Scratch { weights, sums: Buffer::new([2, block_tokens.min(PART), PANEL])? })
+            let weights = Buffer::new([K::PANEL, K::DEPTH_BLOCK])?;
+            Ok(Scratch { weights, sums: Buffer::new([2, block_tokens.min(K::PART), K::PANEL])? })
         };
         Ok(Self {
             problem,
             out: Output::new(out),
             threads,
             block_tokens,
-            xs: Buffer::new([block_tokens, hidden_size.div_ceil(K::DEPTH)])?,
-            hidden: Buffer::new([block_tokens, block_panels * PANEL / K::DEPTH])?,
-            sums: Buffer::new([problem.down.weight.rows.div_ceil(PANEL) * PANEL, block_tokens])?,
+            xs: Buffer::new([block_tokens, operands_of::<K>(hidden_size)])?,
+            hidden: Buffer::new([block_tokens, block_panels * K::PANEL / K::DEPTH])?,
+            sums: Buffer::new([problem.down.weight.rows.div_ceil(K::PANEL) * K::PANEL, block_tokens])?,
             phases,
             scratch: (0..threads).map(|_| scratch()).collect::<Result<_>>()?,
             taken: AtomicUsize::new(0),
@@ -151,8 +146,8 @@ impl<'a, K: Compiled> Gemm<'a, K> {
     pub(crate) fn schedule(&self) -> Schedule {
         Schedule::new(self.phases.iter().map(|phase| match phase {
             Phase::Copy { tokens } => tokens.len().div_ceil(K::LANES),
-            Phase::Hidden { tokens, block } => block.len().div_ceil(PANEL) * parts(tokens),
-            Phase::Out { tokens, .. } => self.problem.down.weight.rows.div_ceil(PANEL) * parts(tokens),
+            Phase::Hidden { tokens, block } => block.len().div_ceil(K::PANEL) * parts::<K>(tokens),
+            Phase::Out { tokens, .. } => self.problem.down.weight.rows.div_ceil(K::PANEL) * parts::<K>(tokens),
         }))
     }
 
@@ -179,12 +174,12 @@ impl<'a, K: Compiled> Gemm<'a, K> {
     /// A task of a phase: a panel of these rows of weights, and a part of the tokens.
     #[inline(always)]
     fn task(&self, tokens: &Range<usize>, rows: &Range<usize>, task: usize) -> Task {
-        let parts = parts(tokens);
-        let first = |task: usize| rows.start + task / parts * PANEL;
-        let part = task % parts * PART;
+        let parts = parts::<K>(tokens);
+        let first = |task: usize| rows.start + task / parts * K::PANEL;
+        let part = task % parts * K::PART;
         Task {
-            rows: first(task)..rows.end.min(first(task) + PANEL),
-            part: part..tokens.len().min(part + PART),
+            rows: first(task)..rows.end.min(first(task) + K::PANEL),
+            part: part..tokens.len().min(part + K::PART),
             later: first(task + self.threads),
         }
     }
@@ -200,7 +195,7 @@ impl<'a, K: Compiled> Gemm<'a, K> {
     /// Transposes a vector of tokens, those past the end as zeros.
     #[inline(always)]
     unsafe fn copy(&self, tokens: &Range<usize>, task: usize) {
-        let depth = self.problem.xs.cols.div_ceil(K::DEPTH);
+        let depth = operands_of::<K>(self.problem.xs.cols);
         let first = task * K::LANES;
         for tile in self.tiles(&(0..tokens.len())) {
             if (tile.first..tile.first + tile.width).contains(&first) {
@@ -228,7 +223,8 @@ impl<'a, K: Compiled> Gemm<'a, K> {
         fresh: bool,
     ) {
         let col = first_col + d.start * K::DEPTH;
-        let in_place = in_place::<K>() && matrix.col_stride == 1 && col + d.len() * K::DEPTH <= matrix.cols;
+        let whole = rows.len().is_multiple_of(K::WHOLE) && col + d.len() * K::DEPTH <= matrix.cols;
+        let in_place = in_place::<K>() && matrix.col_stride == 1 && whole;
         let copies = scratch.weights.as_mut_ptr();
         for tile in self.tiles(part) {
             let vectors = tile.width / K::LANES;
@@ -239,10 +235,10 @@ impl<'a, K: Compiled> Gemm<'a, K> {
                 let (start, stride) = if in_place {
                     (at(matrix, group.start, col).cast(), matrix.row_stride * size_of::<K::Element>())
                 } else {
-                    (copies.add(first * DEPTH_BLOCK).cast_const(), DEPTH_BLOCK * size_of::<K::Operand>())
+                    (copies.add(first * K::DEPTH_BLOCK).cast_const(), K::DEPTH_BLOCK * size_of::<K::Operand>())
                 };
                 if !in_place && tile.first == part.start {
-                    operands::<K>(matrix, &group, first_col, d, copies.add(first * DEPTH_BLOCK));
+                    operands::<K>(matrix, &group, first_col, d, copies.add(first * K::DEPTH_BLOCK));
                 }
                 let next = match () {
                     _ if group.end < rows.end => at(matrix, group.end, col),
@@ -251,7 +247,7 @@ impl<'a, K: Compiled> Gemm<'a, K> {
                 };
                 let ahead = Ahead { start: next, row_stride: matrix.row_stride, wanted: matrix.col_stride == 1 };
                 let x = xs.add(tile.first * depth + d.start * tile.width);
-                let sums = sums.add((tile.first - part.start) * PANEL + first * tile.width);
+                let sums = sums.add((tile.first - part.start) * K::PANEL + first * tile.width);
                 K::multiply(vectors, Weights { start, stride, rows: group.len() }, d.len(), x, ahead, sums, fresh);
             }
         }
@@ -263,11 +259,11 @@ impl<'a, K: Compiled> Gemm<'a, K> {
         let Problem { gate, up, activation, xs, .. } = self.problem;
         let task = self.task(tokens, block, task);
         let Task { rows, part, later } = &task;
-        let depth = xs.cols.div_ceil(K::DEPTH);
+        let depth = operands_of::<K>(xs.cols);
         let gate_sums = scratch.sums.as_mut_ptr();
-        let up_sums = gate_sums.add(self.block_tokens.min(PART) * PANEL);
+        let up_sums = gate_sums.add(self.block_tokens.min(K::PART) * K::PANEL);
 
-        for d in blocks(depth) {
+        for d in blocks::<K>(depth) {
             let (row, col) = if d.end < depth { (rows.start, d.end * K::DEPTH) } else { (*later, 0) };
             let then = at(&gate.weight, row, col);
             let x = (self.xs.as_mut_ptr().cast_const(), depth);
@@ -281,12 +277,14 @@ impl<'a, K: Compiled> Gemm<'a, K> {
             }
         }
 
-        let hidden_depth = block.len().div_ceil(K::DEPTH);
+        let hidden_depth = operands_of::<K>(block.len());
+        // What pads the block's last operands is zero: its sums may be NaN, where x is infinite.
+        let padded = if rows.end < block.end { rows.len() } else { hidden_depth * K::DEPTH + block.start - rows.start };
         for tile in self.tiles(part) {
             let to = self.hidden.as_mut_ptr().add(tile.first * hidden_depth);
             let to = to.add((rows.start - block.start) / K::DEPTH * tile.width);
             // All rows at once: an activation's constants, and what its values wait for each other, are spread over many.
-            let sums = (tile.first - part.start) * PANEL;
+            let sums = (tile.first - part.start) * K::PANEL;
             let hidden = std::slice::from_raw_parts_mut(gate_sums.add(sums), rows.len() * tile.width);
             add_bias(hidden, tile.width, gate, rows.start);
             activation.apply(hidden);
@@ -297,18 +295,14 @@ impl<'a, K: Compiled> Gemm<'a, K> {
                     *hidden = *hidden * *up;
                 }
             }
-            for row in (0..rows.len()).step_by(K::DEPTH) {
-                // What pads the last pair stays zero: its sums may be NaN, where x is infinite.
-                let mut rounded = [[K::Element::default(); MAX_TILE]; 2];
-                for (r, rounded) in (row..rows.len().min(row + K::DEPTH)).zip(&mut rounded) {
-                    for t in (0..tile.width).step_by(K::LANES) {
-                        let sums = K::load_sums(hidden.as_ptr().add(r * tile.width + t));
-                        K::round(rounded.as_mut_ptr().add(t), sums);
-                    }
-                }
+            for row in (0..padded).step_by(K::DEPTH) {
                 let to = to.add(row / K::DEPTH * tile.width);
-                for t in 0..tile.width {
-                    *to.add(t) = K::operand([rounded[0][t], rounded[K::DEPTH - 1][t]]);
+                for t in (0..tile.width).step_by(K::LANES) {
+                    let mut sums = [K::zero(); 2];
+                    for (row, sums) in (row..rows.len().min(row + K::DEPTH)).zip(&mut sums) {
+                        *sums = K::load_sums(hidden.as_ptr().add(row * tile.width + t));
+                    }
+                    K::round_operands(to.add(t), sums);
                 }
             }
         }
@@ -321,10 +315,10 @@ impl<'a, K: Compiled> Gemm<'a, K> {
         let out_features = down.weight.rows;
         let task = self.task(tokens, &(0..out_features), task);
         let Task { rows, part, later } = &task;
-        let depth = block.len().div_ceil(K::DEPTH);
-        let sums = self.sums.as_mut_ptr().add(rows.start * self.block_tokens + part.start * PANEL);
+        let depth = operands_of::<K>(block.len());
+        let sums = self.sums.as_mut_ptr().add(rows.start * self.block_tokens + part.start * K::PANEL);
 
-        for d in blocks(depth) {
+        for d in blocks::<K>(depth) {
             let next = block.start + d.end * K::DEPTH;
             let (row, col) = if d.end < depth { (rows.start, next) } else { (*later, block.start) };
             let x = (self.hidden.as_mut_ptr().cast_const(), depth);
@@ -336,7 +330,7 @@ impl<'a, K: Compiled> Gemm<'a, K> {
             return;
         }
         for tile in self.tiles(part) {
-            let sums = sums.add((tile.first - part.start) * PANEL);
+            let sums = sums.add((tile.first - part.start) * K::PANEL);
             for r in (0..rows.len()).step_by(K::LANES) {
                 let features = K::LANES.min(rows.len() - r);
                 for t in (0..tile.width).step_by(K::LANES) {
@@ -365,17 +359,20 @@ impl<'a, K: Compiled> Gemm<'a, K> {
 }
 
 /// The parts of a block of tokens.
-fn parts(tokens: &Range<usize>) -> usize {
-    tokens.len().div_ceil(PART)
+fn parts<K: Compiled>(tokens: &Range<usize>) -> usize {
+    tokens.len().div_ceil(K::PART)
 }
 
-/// The most tokens in a tile.
-const MAX_TILE: usize = 4 * MAX_LANES;
+/// The operands that so many elements are, those that fill up the last product with zeros included.
+#[inline(always)]
+fn operands_of<K: Compiled>(elements: usize) -> usize {
+    elements.div_ceil(K::DEPTH).next_multiple_of(K::WHOLE)
+}
 
 /// The summed dimension in blocks; one empty block where it is empty, so that its sums become zeros.
 #[inline(always)]
-fn blocks(depth: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..depth.max(1)).step_by(DEPTH_BLOCK).map(move |d| d..depth.min(d + DEPTH_BLOCK))
+fn blocks<K: Compiled>(depth: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..depth.max(1)).step_by(K::DEPTH_BLOCK).map(move |d| d..depth.min(d + K::DEPTH_BLOCK))
 }
 
 /// Adds the biases of features, from this one on, to their sums: so many, side by side, of each.
@@ -411,10 +408,10 @@ fn at<E>(matrix: &Matrix<E>, row: usize, col: usize) -> *const E {
 
 /// Operands of a few rows of weights.
 pub(crate) struct Weights<T> {
-    start: *const T,
+    pub start: *const T,
     /// Bytes from a row to the next.
-    stride: usize,
-    rows: usize,
+    pub stride: usize,
+    pub rows: usize,
 }
 
 /// The weights that are read next: they come from memory while the products run.
@@ -465,7 +462,7 @@ unsafe fn transpose<K: Kernel>(
 
 /// Writes the operands `depth` (counted from column `first_col` on) of some rows to `[rows, DEPTH_BLOCK]`.
 #[inline(always)]
-unsafe fn operands<K: Kernel>(
+unsafe fn operands<K: Compiled>(
     matrix: &Matrix<K::Element>,
     rows: &Range<usize>,
     first_col: usize,
@@ -478,7 +475,7 @@ unsafe fn operands<K: Kernel>(
             for d in depth.clone().step_by(K::LANES) {
                 let col = first_col + d * K::DEPTH;
                 let operands = elements_of::<K>(matrix.as_ptr().add(row * row_stride + col), cols - col);
-                K::store(to.add(r * DEPTH_BLOCK + d - depth.start), operands);
+                K::store(to.add(r * K::DEPTH_BLOCK + d - depth.start), operands);
             }
         }
     } else if row_stride == 1 && K::DEPTH == 1 {
@@ -492,14 +489,14 @@ unsafe fn operands<K: Kernel>(
                 }
                 K::transpose(&mut lanes[..K::LANES]);
                 for (i, lane) in lanes.iter().enumerate().take(K::LANES.min(rows.len() - r)) {
-                    K::store(to.add((r + i) * DEPTH_BLOCK + d - depth.start), *lane);
+                    K::store(to.add((r + i) * K::DEPTH_BLOCK + d - depth.start), *lane);
                 }
             }
         }
     } else {
         for (r, row) in rows.clone().enumerate() {
             for d in depth.clone() {
-                *to.add(r * DEPTH_BLOCK + d - depth.start) = operand_at::<K>(matrix, row, first_col / K::DEPTH + d);
+                *to.add(r * K::DEPTH_BLOCK + d - depth.start) = operand_at::<K>(matrix, row, first_col / K::DEPTH + d);
             }
         }
     }

@@ -59,6 +59,15 @@ pub(crate) unsafe trait Kernel {
     unsafe fn transpose_sums(rows: &mut [Self::Sums]);
     /// Rounds `LANES` sums to elements, and writes them from `to` on.
     unsafe fn round(to: *mut Self::Element, sums: Self::Sums);
+    /// Rounds `LANES` sums of operands' first elements, and of their second if they have two, to elements, and writes the
+    /// operands from `to` on.
+    #[inline(always)]
+    unsafe fn round_operands(to: *mut Self::Operand, [sums, _]: [Self::Sums; 2]) {
+        debug_assert_eq!(Self::DEPTH, 1);
+        let mut elements = [Self::Element::default(); MAX_LANES];
+        Self::round(elements.as_mut_ptr(), sums);
+        Self::store(to, Self::elements(elements.as_ptr()));
+    }
     /// The operand of these elements, of which the first `DEPTH` count.
     fn operand(elements: [Self::Element; 2]) -> Self::Operand;
 

@@ -7,9 +7,12 @@
 //! | `gemm.rs` | the kernel for many tokens, and for weights of any strides |
 //! | `kernel.rs` | what both ask of an instruction set; the plain Rust one |
 //! | `avx512.rs`, `avx2.rs` | the others |
+//! | `amx.rs` | AMX's tiles: whether they are there, and their product |
 //! | `real.rs` | arithmetic on sums, for the activations |
 //! | `schedule.rs` | how threads share the work |
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -72,6 +75,8 @@ impl<E: Copy> Problem<'_, E> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Tier {
+    /// AVX-512 (F, BW, DQ, VL) with the BF16 instructions, and AMX's tiles of bf16 for more than one token.
+    Avx512Amx,
     /// AVX-512 (F, BW, DQ, VL) with the BF16 instructions.
     Avx512Bf16,
     /// AVX-512 (F, BW, DQ, VL).
@@ -88,11 +93,12 @@ thread_local! {
 
 impl Tier {
     /// Every tier, the best first.
-    pub const ALL: [Self; 4] = [Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Plain];
+    pub const ALL: [Self; 5] = [Self::Avx512Amx, Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Plain];
 
-    /// The name, as in a plan's kernel: `avx512-bf16`, `avx512`, `avx2` or `plain`.
+    /// The name, as in a plan's kernel: `avx512-amx`, `avx512-bf16`, `avx512`, `avx2` or `plain`.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Avx512Amx => "avx512-amx",
             Self::Avx512Bf16 => "avx512-bf16",
             Self::Avx512 => "avx512",
             Self::Avx2 => "avx2",
@@ -100,7 +106,7 @@ impl Tier {
         }
     }
 
-    /// Whether this processor has the tier's instructions.
+    /// Whether this processor has the tier's instructions, and the system lets this process use them.
     pub fn is_available(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         {
@@ -111,8 +117,10 @@ impl Tier {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
+            let avx512_bf16 = avx512 && is_x86_feature_detected!("avx512bf16");
             match self {
-                Self::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16"),
+                Self::Avx512Amx => avx512_bf16 && amx::is_available(),
+                Self::Avx512Bf16 => avx512_bf16,
                 Self::Avx512 => avx512,
                 Self::Avx2 => avx2,
                 Self::Plain => true,
@@ -185,13 +193,15 @@ impl Family {
 /// Which kernel runs: the one place where that is decided. `rows_adjacent` says whether every weight's rows are
 /// contiguous.
 pub(crate) fn choose(dtype: DType, tokens: usize, rows_adjacent: bool) -> (Tier, Family) {
-    let family = if tokens <= decode::MAX_TOKENS && rows_adjacent { Family::Decode } else { Family::Gemm };
     let tier = match Tier::current() {
         _ if dtype == DType::F64 => Tier::Plain,
         // Pairs of bf16 are neighbours in a row. In a transposed weight they are not, and widening is faster.
-        Tier::Avx512Bf16 if dtype != DType::BF16 || !rows_adjacent => Tier::Avx512,
+        Tier::Avx512Amx | Tier::Avx512Bf16 if dtype != DType::BF16 || !rows_adjacent => Tier::Avx512,
         tier => tier,
     };
+    // A tile multiplies sixteen tokens in the time of one.
+    let few = if tier == Tier::Avx512Amx { 1 } else { decode::MAX_TOKENS };
+    let family = if tokens <= few && rows_adjacent { Family::Decode } else { Family::Gemm };
     (tier, family)
 }
 
@@ -276,6 +286,16 @@ fn candle_threads() -> usize {
 unsafe trait Compiled: Kernel + Sized {
     /// The rows of weights in a tile of [`Gemm`] with 1, 2 and more vectors of tokens.
     const ROWS: &[usize];
+    /// Rows of weights that a task multiplies: a multiple of the lanes, and of the rows of every tile, so that sums have room for
+    /// whole tiles.
+    const PANEL: usize = 48;
+    /// Tokens that a task multiplies a panel of weights with, a multiple of every tile's: few enough that two or three parts stay in
+    /// the second cache, and that threads which differ in speed end a phase together.
+    const PART: usize = 128;
+    /// Operands of the summed dimension that are summed at a time: a multiple of the lanes.
+    const DEPTH_BLOCK: usize = 96;
+    /// Products take rows of weights and operands of the summed dimension by multiples of this.
+    const WHOLE: usize = 1;
 
     /// [`gemm::multiply`] on a tile with so many vectors of tokens.
     ///
@@ -356,8 +376,9 @@ macro_rules! compiled {
 /// The kernels of x86-64's tiers.
 #[cfg(target_arch = "x86_64")]
 mod tiers {
+    use super::amx::{self, Tiles};
     use super::avx2::Avx2;
-    use super::avx512::{Avx512, Avx512Bf16};
+    use super::avx512::{Avx512, Pairs};
     use super::*;
 
     macro_rules! avx512 {
@@ -368,10 +389,51 @@ mod tiers {
             );
         };
     }
-    avx512!(Avx512Bf16, "avx512bf16");
+    avx512!(Pairs<false>, "avx512bf16");
     avx512!(Widened<Avx512, f32>);
     avx512!(Widened<Avx512, f16>);
     avx512!(Widened<Avx512, bf16>);
+
+    // SAFETY: the code is compiled for just the features named, which are the tier's, and uses the tiles that it has configured
+    // before.
+    unsafe impl Compiled for Pairs<true> {
+        const ROWS: &[usize] = &[2 * amx::TILE, 2 * amx::TILE];
+        const PANEL: usize = 96;
+        const PART: usize = 256;
+        // Whole pages of a row, which the processor reads ahead by itself, and no tile's sums to memory in between.
+        const DEPTH_BLOCK: usize = 1024;
+        const WHOLE: usize = amx::TILE;
+
+        #[inline(always)]
+        unsafe fn multiply(
+            vectors: usize,
+            weights: Weights<u32>,
+            depth: usize,
+            xs: *const u32,
+            _: Ahead<bf16>, // what the processor asks for of itself measured faster
+            sums: *mut f32,
+            fresh: bool,
+        ) {
+            amx::multiply(vectors, weights, depth, xs, sums, fresh)
+        }
+
+        unsafe fn decode(job: &Decode<Self>, schedule: &Schedule) {
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
+            unsafe fn inner(job: &Decode<Pairs<true>>, schedule: &Schedule) {
+                job.work::<1, 3, false>(schedule)
+            }
+            inner(job, schedule)
+        }
+
+        unsafe fn gemm(job: &Gemm<Self>, schedule: &Schedule) {
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
+            unsafe fn inner(job: &Gemm<Pairs<true>>, schedule: &Schedule) {
+                let _tiles = Tiles::configure();
+                job.work(schedule)
+            }
+            inner(job, schedule)
+        }
+    }
     compiled!(Widened<Avx2, f32>, ["avx2", "fma", "f16c"], tiles: [(1, 8), (2, 6)], rows: (3, 2, true));
     compiled!(Widened<Avx2, f16>, ["avx2", "fma", "f16c"], tiles: [(1, 8), (2, 6)], rows: (2, 2, true));
     compiled!(Widened<Avx2, bf16>, ["avx2", "fma", "f16c"], tiles: [(1, 8), (2, 6)], rows: (2, 2, true));
@@ -434,7 +496,8 @@ macro_rules! element {
 element!(f32, f32, |x| x, |x| x, { Avx512 => Widened<avx512::Avx512, f32>, Avx2 => Widened<avx2::Avx2, f32> });
 element!(f16, f32, f16::to_f32, f16::from_f32, { Avx512 => Widened<avx512::Avx512, f16>, Avx2 => Widened<avx2::Avx2, f16> });
 element!(bf16, f32, bf16::to_f32, bf16::from_f32, {
-    Avx512Bf16 => avx512::Avx512Bf16,
+    Avx512Amx => avx512::Pairs<true>,
+    Avx512Bf16 => avx512::Pairs<false>,
     Avx512 => Widened<avx512::Avx512, bf16>,
     Avx2 => Widened<avx2::Avx2, bf16>
 });
