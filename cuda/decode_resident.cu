@@ -106,9 +106,8 @@ __global__ void __launch_bounds__(THREADS, 1)
   const bool has_slice = blockIdx.x < plan.slices;
   const int down_row = (gridDim.x - 1 - blockIdx.x) * GROUP;
   const bool has_rows = down_row < shape.output_size;
-  const bool asks = warp == 0 && elected(); // for copies
 
-  if (asks) {
+  if (threadIdx.x == 0) {
     barrier_init(first_barrier, 1);
     barrier_init(down_barrier, 1);
     publish_barriers();
@@ -137,7 +136,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     copy_slice(weights, &maps.first, slice * plan.share * GROUP, first_barrier, weights_policy);
     copy_chunks(x, &maps.x, 0, 0, first_barrier, tokens_policy);
   };
-  if (asks) {
+  if (threadIdx.x == 0) {
     if (has_slice)
       ask_slice(blockIdx.x);
     if (has_rows) {
@@ -243,7 +242,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       }
       __syncthreads();
       const int slice = (missing + blockIdx.x) % plan.slices;
-      if (asks)
+      if (threadIdx.x == 0)
         ask_slice(slice);
       finish_slice(slice, parity);
       parity ^= 1;
