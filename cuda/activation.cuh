@@ -57,6 +57,9 @@ template <typename F> __device__ __forceinline__ F gelu_tanh_argument_slope(F v)
   return F(1.5957691216057307) * (F(1) + v * v * F(3 * 0.044715));
 }
 
+// CLIP's GELU is v sigmoid(1.702 v).
+constexpr double QUICK_GELU_SLOPE = 1.702;
+
 // tanh(log(1 + e^v)) = n / (n + 2) with n = e^v (e^v + 2); 1 to the last bit from 20 on.
 template <typename F> __device__ __forceinline__ F tanh_softplus_of(F v) {
   const F e = exp_of(v > F(20) ? F(20) : v), n = e * (e + F(2));
@@ -71,7 +74,7 @@ template <typename F> __device__ __forceinline__ F activate(Activation activatio
   case Activation::GeluTanh:
     return v * sigmoid_of(gelu_tanh_argument(v));
   case Activation::QuickGelu:
-    return v * sigmoid_of(v * F(1.702));
+    return v * sigmoid_of(v * F(QUICK_GELU_SLOPE));
   case Activation::Relu:
     return relu_of(v);
   case Activation::Relu2:
@@ -143,7 +146,7 @@ __device__ __forceinline__ void activate_all(Activation activation, float param,
     float sigmoids[N], divisors[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float of = ACTIVATION == Activation::GeluTanh ? gelu_tanh_argument(v[i]) : v[i] * 1.702f;
+      const float of = ACTIVATION == Activation::GeluTanh ? gelu_tanh_argument(v[i]) : v[i] * float(QUICK_GELU_SLOPE);
       divisors[i] = 1.f + exp_of(-of);
       sigmoids[i] = 1.f;
     }
@@ -168,8 +171,8 @@ template <typename F> __device__ __forceinline__ F activation_slope(Activation a
     return s + v * s * (F(1) - s) * gelu_tanh_argument_slope(v);
   }
   case Activation::QuickGelu: {
-    const F s = sigmoid_of(v * F(1.702));
-    return s + v * s * (F(1) - s) * F(1.702);
+    const F s = sigmoid_of(v * F(QUICK_GELU_SLOPE));
+    return s + v * s * (F(1) - s) * F(QUICK_GELU_SLOPE);
   }
   case Activation::Relu:
     return v >= F(0) ? F(1) : F(0);

@@ -11,7 +11,7 @@ enum class Finish { None, Swish, Gelu, GeluTanh, Relu };
 
 // The finish of an activation, if it is one of those.
 inline bool finish_of(int activation, Finish *finish, float *slope) {
-  *slope = static_cast<Activation>(activation) == Activation::QuickGelu ? 1.702f : 1.f;
+  *slope = static_cast<Activation>(activation) == Activation::QuickGelu ? float(QUICK_GELU_SLOPE) : 1.f;
   switch (static_cast<Activation>(activation)) {
   case Activation::Silu:
   case Activation::QuickGelu: *finish = Finish::Swish; return true;
