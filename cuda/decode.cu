@@ -1,61 +1,38 @@
 // The decode kernels' C interface: checks arguments, lays out the workspace, chooses the kernel.
 #include "decode_kernels.cuh"
-#include <atomic>
-#include <mutex>
+#include "host.cuh"
 
 namespace fused_mlp {
 namespace {
 
-constexpr int MAX_DEVICES = 64;
-
-struct Device {
-  std::atomic<bool> ready{false};
-  DeviceFacts facts = {};
-};
-
-// The current device's facts. Looked up at a device's first call, then one atomic load; a failure is tried again.
-int current_device(const DeviceFacts **facts) {
-  static Device devices[MAX_DEVICES];
-  static std::mutex mutex;
-  int index = 0;
-  cudaError_t error = cudaGetDevice(&index);
+int facts_of(int device, DeviceFacts *facts) {
+  int major = 0, minor = 0, compiled = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&facts->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&facts->shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error != cudaSuccess)
     return error;
-  if (index >= MAX_DEVICES)
-    return FUSED_MLP_UNSUPPORTED;
-  Device &device = devices[index];
-  if (!device.ready.load(std::memory_order_acquire)) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    int major = 0, minor = 0, compiled = 0;
-    error = cudaDeviceGetAttribute(&device.facts.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-    if (error == cudaSuccess)
-      error = cudaDeviceGetAttribute(&device.facts.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                     index);
-    if (error == cudaSuccess)
-      error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-    if (error == cudaSuccess)
-      error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
-    if (error != cudaSuccess)
-      return error;
-    const int compiled_status = compiled_architecture(&compiled);
-    if (compiled_status != FUSED_MLP_OK)
-      return compiled_status;
-    // Code for an older architecture, translated for this device when it was loaded, lacks what came later.
-    const int capability = major * 10 + minor;
-    device.facts.compute_capability = compiled < capability ? compiled : capability;
-    if (device.facts.compute_capability >= 80) {
-      int status = prepare_decode_direct(device.facts);
-      if (status == FUSED_MLP_OK)
-        status = prepare_decode_hopper(device.facts);
-      if (status == FUSED_MLP_OK && device.facts.hopper)
-        status = prepare_decode_resident(device.facts);
-      if (status != FUSED_MLP_OK)
-        return status;
-    }
-    device.ready.store(true, std::memory_order_release);
-  }
-  *facts = &device.facts;
-  return FUSED_MLP_OK;
+  int status = compiled_architecture(&compiled);
+  // Code for an older architecture, translated for this device when it was loaded, lacks what came later.
+  const int capability = major * 10 + minor;
+  facts->compute_capability = compiled < capability ? compiled : capability;
+  if (status != FUSED_MLP_OK || facts->compute_capability < 80)
+    return status;
+  status = prepare_decode_direct(*facts);
+  if (status == FUSED_MLP_OK)
+    status = prepare_decode_hopper(*facts);
+  if (status == FUSED_MLP_OK && facts->hopper)
+    status = prepare_decode_resident(*facts);
+  return status;
+}
+
+int current_device(DeviceFacts *facts) {
+  static PerDevice<DeviceFacts> devices;
+  return devices.get(facts, facts_of);
 }
 
 unsigned long long element_bytes(int dtype) {
@@ -76,7 +53,7 @@ WorkspaceLayout layout_of(const FusedMlpArgs &args) {
   layout.exchange = round_up(sizeof(Counters), 256);
   layout.hidden = round_up(layout.exchange + 2 * RESIDENT_ELEMENTS * sizeof(unsigned short), 256);
   layout.partial =
-      round_up(layout.hidden + WIDE_TOKENS * layout.hidden_stride * element_bytes(args.dtype), 256);
+      round_up(layout.hidden + MAX_TOKENS * layout.hidden_stride * element_bytes(args.dtype), 256);
   const unsigned long long direct = decode_direct_partial_elements(args.output_size),
                            hopper = decode_hopper_partial_elements(args.output_size);
   layout.bytes = layout.partial + sizeof(float) * (direct > hopper ? direct : hopper);
@@ -112,8 +89,8 @@ int check(const FusedMlpArgs &args) {
   return FUSED_MLP_OK;
 }
 
-// What AUTO means here; or whether the path asked for can be taken. And how many tokens a launch takes.
-int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path, int *tokens_at_once) {
+// What AUTO means here; or whether the path asked for can be taken.
+int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path) {
   const bool can_direct = device.compute_capability >= 80 && aligned(args);
   const bool can_depend = can_direct && device.compute_capability >= 90;
   // A tensor map has no rows that overlap.
@@ -123,10 +100,10 @@ int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path,
       can_depend && apart && can_decode_hopper(device, args.dtype, args.hidden_size, args.intermediate_size);
   const bool can_resident = can_hopper && can_decode_resident(device, args);
   const bool can_cluster = can_decode_cluster(device, args);
-  int wide_tokens = 0;
-  const bool wide_is_best = args.path == FUSED_MLP_PATH_AUTO && decode_wide_is_chosen(device, args);
-  if (can_depend && apart && (wide_is_best || args.path == FUSED_MLP_PATH_WIDE)) {
-    const int status = wide_tokens_at_once(device, args, &wide_tokens);
+  bool can_wide = false;
+  if (can_depend && apart &&
+      (args.path == FUSED_MLP_PATH_WIDE || (args.path == FUSED_MLP_PATH_AUTO && decode_wide_is_chosen(device, args)))) {
+    const int status = can_decode_wide(device, args, &can_wide);
     if (status != FUSED_MLP_OK)
       return status;
   }
@@ -136,13 +113,12 @@ int resolve_path(const FusedMlpArgs &args, const DeviceFacts &device, int *path,
                    : can_depend ? FUSED_MLP_PATH_DIRECT_PDL
                    : can_direct ? FUSED_MLP_PATH_DIRECT
                                 : FUSED_MLP_PATH_PORTABLE;
-  *path = args.path != FUSED_MLP_PATH_AUTO             ? args.path
-          : can_cluster                                ? FUSED_MLP_PATH_CLUSTER
-          : wide_is_best && wide_tokens >= args.tokens ? FUSED_MLP_PATH_WIDE
-                                                       : best;
-  *tokens_at_once = *path == FUSED_MLP_PATH_WIDE ? wide_tokens : MAX_TOKENS;
+  *path = args.path != FUSED_MLP_PATH_AUTO ? args.path
+          : can_cluster                    ? FUSED_MLP_PATH_CLUSTER
+          : can_wide                       ? FUSED_MLP_PATH_WIDE
+                                           : best;
   const bool can = *path == FUSED_MLP_PATH_CLUSTER ? can_cluster
-                   : *path == FUSED_MLP_PATH_WIDE  ? wide_tokens > 0
+                   : *path == FUSED_MLP_PATH_WIDE  ? can_wide
                                                    : *path <= best;
   return can ? FUSED_MLP_OK : FUSED_MLP_UNSUPPORTED;
 }
@@ -157,22 +133,21 @@ extern "C" uint64_t fused_mlp_decode_workspace_bytes(const FusedMlpArgs *args) {
 extern "C" int fused_mlp_decode_path(const FusedMlpArgs *args, int *path) {
   using namespace fused_mlp;
   int status = check(*args);
-  const DeviceFacts *device = nullptr;
+  DeviceFacts device = {};
   if (status == FUSED_MLP_OK)
     status = current_device(&device);
-  int tokens_at_once = 0;
-  return status == FUSED_MLP_OK ? resolve_path(*args, *device, path, &tokens_at_once) : status;
+  return status == FUSED_MLP_OK ? resolve_path(*args, device, path) : status;
 }
 
 extern "C" int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream) {
   using namespace fused_mlp;
   int status = check(*args);
-  const DeviceFacts *device = nullptr;
+  DeviceFacts device = {};
   if (status == FUSED_MLP_OK)
     status = current_device(&device);
-  int path = FUSED_MLP_PATH_AUTO, tokens_at_once = 0;
+  int path = FUSED_MLP_PATH_AUTO;
   if (status == FUSED_MLP_OK)
-    status = resolve_path(*args, *device, &path, &tokens_at_once);
+    status = resolve_path(*args, device, &path);
   if (status != FUSED_MLP_OK)
     return status;
   if (!args->out || !args->workspace || reinterpret_cast<unsigned long long>(args->workspace) % 256 != 0)
@@ -208,22 +183,22 @@ extern "C" int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream) {
   shape.activation_param = args->activation_param;
 
   const unsigned long long element = element_bytes(args->dtype);
-  for (int token = 0; token < args->tokens; token += tokens_at_once) {
+  for (int token = 0; token < args->tokens; token += MAX_TOKENS) {
     shape.x = static_cast<const char *>(args->x) + token * args->x_stride * static_cast<long long>(element);
     shape.out = static_cast<char *>(args->out) +
                 static_cast<unsigned long long>(token) * args->output_size * element;
-    shape.tokens = args->tokens - token < tokens_at_once ? args->tokens - token : tokens_at_once;
+    shape.tokens = args->tokens - token < MAX_TOKENS ? args->tokens - token : MAX_TOKENS;
     status = path == FUSED_MLP_PATH_PORTABLE
-                 ? launch_decode_portable(shape, args->dtype, *device, stream)
+                 ? launch_decode_portable(shape, args->dtype, device, stream)
              : path == FUSED_MLP_PATH_CLUSTER
                  ? launch_decode_cluster(shape, args->dtype, stream)
              : path == FUSED_MLP_PATH_WIDE
-                 ? launch_decode_wide(shape, *args, *device, stream)
+                 ? launch_decode_wide(shape, *args, device, stream)
              : path == FUSED_MLP_PATH_RESIDENT
-                 ? launch_decode_resident(shape, args->dtype, *device, stream)
+                 ? launch_decode_resident(shape, args->dtype, device, stream)
              : path == FUSED_MLP_PATH_HOPPER
-                 ? launch_decode_hopper(shape, args->dtype, *device, stream)
-                 : launch_decode_direct(shape, args->dtype, *device, path == FUSED_MLP_PATH_DIRECT_PDL, stream);
+                 ? launch_decode_hopper(shape, args->dtype, device, stream)
+                 : launch_decode_direct(shape, args->dtype, device, path == FUSED_MLP_PATH_DIRECT_PDL, stream);
     if (status != FUSED_MLP_OK)
       return status;
   }

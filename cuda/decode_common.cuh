@@ -8,7 +8,6 @@
 namespace fused_mlp {
 
 constexpr int MAX_TOKENS = 64;   // of one launch
-constexpr int WIDE_TOKENS = 128; // of one launch of decode_wide.cu
 constexpr int MAX_BLOCKS = 1024; // of one launch; each has a claim word
 constexpr int RESIDENT_TOKENS = 8; // of one launch of decode_resident.cu
 constexpr int RESIDENT_ELEMENTS = RESIDENT_TOKENS * 5120; // of its hidden rows, at most
@@ -101,6 +100,11 @@ template <int PENDING> __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+__device__ __forceinline__ unsigned load_shared_4(unsigned address) {
+  unsigned v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
 __device__ __forceinline__ uint4 load_shared_16(unsigned address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));

@@ -23,6 +23,7 @@
 // after the one before it, and launches of one stream form a chain. A block says that the next launch may be scheduled
 // only after its own wait, when all blocks of this launch but late ones are resident already.
 #include "decode_kernels.cuh"
+#include "host.cuh"
 
 namespace fused_mlp {
 namespace {
@@ -502,7 +503,6 @@ __global__ void __launch_bounds__(THREADS, 1)
 // ---------------------------------------------------------------------------------------------------------------------
 // Launchers
 
-int divide_up(long long a, long long b) { return static_cast<int>((a + b - 1) / b); }
 
 // How many segments a row's sum is cut into. Depends on the weights' shape and the GPU alone, never on the tokens:
 // it decides the order of the additions. More segments occupy more warps when a block has few rows.

@@ -7,8 +7,6 @@
 #pragma once
 #include "decode_kernels.cuh"
 #include "hopper.cuh"
-#include <memory>
-#include <new>
 
 namespace fused_mlp {
 
@@ -17,8 +15,6 @@ constexpr int CHUNK = SWIZZLE_BYTES / 2;           // elements of depth, of 16 b
 constexpr int CHUNK_GROUP = GROUP * SWIZZLE_BYTES; // bytes of one chunk of one group
 constexpr int MOST_PARTS = 4;                      // of the second layer's depth
 constexpr int MOST_DECODE_BLOCKS = 256;            // no Hopper GPU has more multiprocessors
-
-__host__ __device__ constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // How the second layer's depth is cut: the parts are different blocks', which together have rows for a product's 64, but
 // adding them costs a meeting of these blocks at the end.
@@ -72,28 +68,11 @@ struct MapKey {
 
 // encode_chunk_map, remembered: a map is a function of its key alone, and a model asks for the same ones in every step.
 inline int chunk_map(CUtensorMap *map, const MapKey &key) {
-  struct Entry {
-    MapKey key;
-    CUtensorMap map;
-  };
-  constexpr unsigned PLACES = 1024;
-  static thread_local const std::unique_ptr<Entry[]> entries(new (std::nothrow) Entry[PLACES]());
-  if (!entries)
-    return cudaErrorMemoryAllocation;
-  // Tensors lie on multiples of 256 bytes at least, most of them far apart.
-  const unsigned long long address = reinterpret_cast<unsigned long long>(key.matrix) >> 4;
-  const unsigned long long mixed = (address ^ static_cast<unsigned long long>(key.box_chunks * 31 + key.box_rows) << 40) *
-                                   0x9e3779b97f4a7c15ull;
-  Entry &entry = entries[mixed >> 54];
-  if (!(entry.key == key)) {
-    const int status = encode_chunk_map(&entry.map, key.dtype, key.matrix, key.rows, key.columns, key.stride,
-                                        key.box_rows, key.box_chunks, key.matrices, key.distance);
-    entry.key = status == FUSED_MLP_OK ? key : MapKey{};
-    if (status != FUSED_MLP_OK)
-      return status;
-  }
-  *map = entry.map;
-  return FUSED_MLP_OK;
+  static thread_local Memory<MapKey, CUtensorMap, 10> memory;
+  return memory.get(key, map_hash(key.matrix, key.box_rows, key.box_chunks), map, [&](CUtensorMap *found) {
+    return encode_chunk_map(found, key.dtype, key.matrix, key.rows, key.columns, key.stride, key.box_rows, key.box_chunks,
+                            key.matrices, key.distance);
+  });
 }
 
 } // namespace fused_mlp

@@ -60,12 +60,9 @@ int prepare_decode_resident(const DeviceFacts &device);
 bool can_decode_cluster(const DeviceFacts &device, const FusedMlpArgs &args);
 int launch_decode_cluster(const Shape &shape, int dtype, cudaStream_t stream);
 
-// 1 to WIDE_TOKENS tokens of bf16 or f16 on sm_90a, more than 64 with one of the activations that the kernels for many tokens have;
-// rows as for launch_decode_hopper, whose bits are the same up to 64 tokens. How many tokens a launch takes: none where it takes
-// other sizes.
-int wide_tokens_at_once(const DeviceFacts &device, const FusedMlpArgs &args, int *tokens);
-// Whether AUTO takes it: where it is faster than launch_decode_hopper, or beyond 64 tokens than the two launches for many
-// (PERFORMANCE.md).
+// 1 to 64 tokens of bf16 or f16 on sm_90a; rows as for launch_decode_hopper, whose bits are the same. Whether it takes these sizes.
+int can_decode_wide(const DeviceFacts &device, const FusedMlpArgs &args, bool *can);
+// Whether AUTO takes it: where it is faster than launch_decode_hopper (PERFORMANCE.md).
 bool decode_wide_is_chosen(const DeviceFacts &device, const FusedMlpArgs &args);
 int launch_decode_wide(const Shape &shape, const FusedMlpArgs &args, const DeviceFacts &device, cudaStream_t stream);
 

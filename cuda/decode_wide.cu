@@ -1,8 +1,8 @@
-// The whole MLP for up to 128 tokens in one launch on Hopper, with the tokens as a product's 64 rows: for some dozens of them.
+// The whole MLP for up to 64 tokens in one launch on Hopper, with the tokens as a product's 64 rows: for some dozens of them.
 // (For few tokens decode_hopper.cu has weights as the rows of a product, and reads them a little faster.)
 //
-// One block per multiprocessor. One thread, the producer, keeps a ring of stages in shared memory full, a warpgroup for each 64
-// tokens multiplies what has come. A stage is some chunks of 128 bytes of depth: of each, all tokens' rows and a tile's weight
+// One block per multiprocessor. One thread, the producer, keeps a ring of stages in shared memory full, a warpgroup multiplies
+// what has come. A stage is some chunks of 128 bytes of depth: of each, all tokens' rows and a tile's weight
 // rows. A tile's sums of gate and up of a hidden element are in one thread, which finishes them. When the producer has asked
 // for its last gate and up rows it goes on to ask for down rows, which depend on nothing: the one grid-wide wait, for the
 // hidden rows, passes while they are on the way. The parts of the second layer's depth are the blocks' of a cluster, which add
@@ -12,30 +12,25 @@
 // layer is either held by a block that runs, or free for a block whose wait is long to claim. A tile that somebody else claimed
 // is computed by its owner in vain, and not written. Dependent launch and counters are as there, too.
 //
-// Among up to 64 tokens a row has the bits that decode_hopper.cu gives it, whatever is beside it: sums are cut as there
-// (decode_hopper.cuh), a product's sums are the same whichever operand the weights are, and what becomes of a sum is computed
-// by the same functions. Among more, a row's bits depend on nothing but the weights' shape; there the hidden rows are finished
-// as by the kernels for many tokens, in fewer instructions.
+// A row has the bits that decode_hopper.cu gives it, whatever is beside it: sums are cut as there (decode_hopper.cuh), a product's
+// sums are the same whichever operand the weights are, and what becomes of a sum is computed by the same functions.
 #include "decode_hopper.cuh"
 #include "gemm_hopper.cuh"
 
 namespace fused_mlp {
 namespace {
 
-constexpr int NARROW_TOKENS = 64; // of one consumer
-
 // One layer's tiles.
-//   ROWS: tokens, 64 for each consumer
 //   COLUMNS: weights' rows of a tile; a gated tile's output has half as many columns
 //   SPLIT: blocks of a cluster that share a tile's depth
 //   HELD: parts of the depth that each of them has
 //   CHUNKS: of a stage
-template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, int SPLIT_, int HELD_, int CHUNKS_> struct WideTile {
+template <typename T_, bool GATED_, int COLUMNS_, int SPLIT_, int HELD_, int CHUNKS_> struct WideTile {
   using T = T_;
   using Bits = unsigned short; // of an element
   static constexpr bool GATED = GATED_;
-  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SPLIT = SPLIT_, HELD = HELD_, CHUNKS = CHUNKS_;
-  static constexpr int CONSUMERS = ROWS / NARROW_TOKENS, PARTS = 1, SHARE = 1, PEERS = 1, LINKS = 1, CLUSTER = SPLIT;
+  static constexpr int ROWS = MAX_TOKENS, COLUMNS = COLUMNS_, SPLIT = SPLIT_, HELD = HELD_, CHUNKS = CHUNKS_;
+  static constexpr int CONSUMERS = 1, PARTS = 1, SHARE = 1, PEERS = 1, LINKS = 1, CLUSTER = SPLIT;
   static constexpr int MATRICES = GATED ? 2 : 1; // each by itself in a stage
   static constexpr int OUT_COLUMNS = COLUMNS / MATRICES;
   static constexpr int SUMS = COLUMNS / 2; // of a thread
@@ -43,7 +38,7 @@ template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, int SPLIT_, int HEL
   static constexpr int CHUNK = SPLIT > 1 ? 16 : OUT_COLUMNS % 64 == 0 ? 64 : OUT_COLUMNS % 32 == 0 ? 32 : 16;
   static constexpr int CHUNK_BYTES = 16 * CHUNK * 2;
   static constexpr int ROW_BYTES = CHUNKS * ROWS * SWIZZLE_BYTES, WEIGHT_BYTES = CHUNKS * COLUMNS * SWIZZLE_BYTES;
-  static_assert(ROWS * COLUMNS == 2 * SUMS * PARTS * NARROW_TOKENS * CONSUMERS, "all sums are somebody's");
+  static_assert(ROWS == 64 * CONSUMERS && ROWS * COLUMNS == PARTS * SUMS * WARPGROUP, "a warpgroup's product has 64 rows");
   static_assert(SHARE * PEERS * LINKS == 1 && CLUSTER == SPLIT, "blocks of a cluster share a tile's depth alone");
   static_assert(CHUNKS <= 2, "a stage that is not whole has one chunk");
   static_assert(HELD == 1 || (HELD == 2 && SPLIT > 1), "parts are added where blocks' are");
@@ -51,16 +46,16 @@ template <typename T_, bool GATED_, int ROWS_, int COLUMNS_, int SPLIT_, int HEL
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-// Shared memory of a kernel with tiles `First` and `Second`: the ring, each warp's outbox, each consumer's biases, the ring's
-// barriers and what the consumers are to do with a stage.
+// Shared memory of a kernel with tiles `First` and `Second`: the ring, each warp's outbox, biases, the ring's barriers and what
+// the consumers are to do with a stage.
 template <class First_, class Second_> struct WideRing {
   using First = First_;
   using Second = Second_;
-  static constexpr int CONSUMERS = First::CONSUMERS, THREADS = (1 + CONSUMERS) * WARPGROUP, CLUSTER = Second::SPLIT;
+  static constexpr int THREADS = (1 + First::CONSUMERS) * WARPGROUP, CLUSTER = Second::SPLIT;
   static constexpr int SLOT_BYTES = larger(First::ROW_BYTES + First::WEIGHT_BYTES, Second::ROW_BYTES + Second::WEIGHT_BYTES);
   static constexpr int OUTBOX_BYTES = 2 * larger(First::CHUNK_BYTES, Second::CHUNK_BYTES); // of a warp
-  static constexpr int BIAS_BYTES = 2 * larger(First::COLUMNS, Second::COLUMNS);           // of a consumer
-  static constexpr int AFTER_BYTES = CONSUMERS * (4 * OUTBOX_BYTES + BIAS_BYTES), COMMAND_BYTES = 8;
+  static constexpr int BIAS_BYTES = 2 * larger(First::COLUMNS, Second::COLUMNS);
+  static constexpr int AFTER_BYTES = 4 * OUTBOX_BYTES + BIAS_BYTES, COMMAND_BYTES = 8;
   static constexpr int FIT = (SHARED_BYTES - SWIZZLE_ALIGN - AFTER_BYTES) / (SLOT_BYTES + 16 + COMMAND_BYTES);
   static constexpr int SLOTS = FIT < 16 ? FIT : 16;
   static constexpr int TOTAL_BYTES = SWIZZLE_ALIGN + SLOTS * (SLOT_BYTES + 16 + COMMAND_BYTES) + AFTER_BYTES;
@@ -73,8 +68,8 @@ template <class First_, class Second_> struct WideRing {
 
   __device__ unsigned rows() const { return base + slot * SLOT_BYTES; }
   __device__ unsigned outbox(int warp) const { return base + SLOTS * SLOT_BYTES + warp * OUTBOX_BYTES; }
-  __device__ unsigned biases(int consumer) const { return outbox(4 * CONSUMERS) + consumer * BIAS_BYTES; }
-  __device__ unsigned full(int slot) const { return biases(CONSUMERS) + 8 * slot; }
+  __device__ unsigned biases() const { return outbox(4); }
+  __device__ unsigned full(int slot) const { return biases() + BIAS_BYTES + 8 * slot; }
   __device__ unsigned empty(int slot) const { return full(SLOTS) + 8 * slot; }
   // With the first stage of a tile or with one for itself: a tile of the first layer, or one of WideCommand.
   __device__ unsigned command() const { return empty(SLOTS) + COMMAND_BYTES * slot; }
@@ -242,13 +237,11 @@ template <class R> __device__ __forceinline__ void produce_wide(const WideArgs &
 // A tile's sums over so many chunks, those of even and of odd ones added, and whether the tile is ours.
 template <class K, class R>
 __device__ __forceinline__ bool multiply_wide(R &ring, int chunks, unsigned row_bytes, float (&sums)[K::SUMS]) {
-  constexpr int OWN_SUMS = K::OUT_COLUMNS / 2;               // of one matrix
-  constexpr int PARITIES = K::ROWS == NARROW_TOKENS ? 2 : 1; // sums of even and of odd chunks, or of all
-  constexpr int TURNS = K::CHUNKS % PARITIES == 0 ? 1 : 2;   // stages until an even chunk has the same place again
-  const unsigned own_rows = (threadIdx.x / WARPGROUP - 1) * NARROW_TOKENS * SWIZZLE_BYTES;
-  float parts[PARITIES][K::MATRICES][OWN_SUMS];
+  constexpr int OWN_SUMS = K::OUT_COLUMNS / 2;        // of one matrix
+  constexpr int TURNS = K::CHUNKS % 2 == 0 ? 1 : 2;   // stages until an even chunk has the same place again
+  float parts[2][K::MATRICES][OWN_SUMS];              // of even and of odd chunks
 #pragma unroll
-  for (int i = 0; i < PARITIES * K::MATRICES * OWN_SUMS; ++i)
+  for (int i = 0; i < 2 * K::MATRICES * OWN_SUMS; ++i)
     (&parts[0][0][0])[i] = 0.f;
   const int whole = chunks / K::CHUNKS, stages = stages_of<K>(chunks);
   int before = 0, ours = 0;
@@ -258,13 +251,13 @@ __device__ __forceinline__ bool multiply_wide(R &ring, int chunks, unsigned row_
 #pragma unroll
       for (int m = 0; m < K::MATRICES; ++m)
         WarpgroupProduct<typename K::T, K::OUT_COLUMNS>::add(
-            to[m], tile_descriptor(ring.rows() + c * row_bytes + own_rows) + 2 * k,
+            to[m], tile_descriptor(ring.rows() + c * row_bytes) + 2 * k,
             tile_descriptor(ring.rows() + K::ROW_BYTES + (m * K::CHUNKS + c) * K::OUT_COLUMNS * SWIZZLE_BYTES) + 2 * k);
   };
   const auto end = [&] {
     products_wait<0>();
 #pragma unroll
-    for (int parity = 0; parity < PARITIES; ++parity)
+    for (int parity = 0; parity < 2; ++parity)
 #pragma unroll
       for (int m = 0; m < K::MATRICES; ++m)
         pin(parts[parity][m]);
@@ -278,7 +271,7 @@ __device__ __forceinline__ bool multiply_wide(R &ring, int chunks, unsigned row_
       products_begin();
 #pragma unroll
       for (int c = 0; c < K::CHUNKS; ++c)
-        add(c, parts[(turn * K::CHUNKS + c) % PARITIES]);
+        add(c, parts[(turn * K::CHUNKS + c) % 2]);
       products_commit();
       if (s > 0) {
         products_wait<1>();
@@ -308,7 +301,7 @@ __device__ __forceinline__ bool multiply_wide(R &ring, int chunks, unsigned row_
   for (int m = 0; m < K::MATRICES; ++m)
 #pragma unroll
     for (int i = 0; i < OWN_SUMS; ++i)
-      sums[m * OWN_SUMS + i] = PARITIES == 1 ? parts[0][m][i] : parts[0][m][i] + parts[PARITIES - 1][m][i];
+      sums[m * OWN_SUMS + i] = parts[0][m][i] + parts[1][m][i];
   return ours;
 }
 
@@ -366,11 +359,11 @@ template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &
   using B = typename R::Second;
   wait_for_previous_kernel();
   const Product &first = args.first.product, &second = args.second.product;
-  const int consumer = threadIdx.x / WARPGROUP - 1, warp = threadIdx.x / 32 - 4, row = 16 * warp;
+  const int warp = threadIdx.x / 32 - 4, row = 16 * warp;
   const unsigned row_bytes = args.box_rows * SWIZZLE_BYTES;
   const auto biases_of = [&](auto tile, const Product &p, int column) {
     using K = decltype(tile);
-    return put_biases<K>(p, ring.biases(consumer), consumer,
+    return put_biases<K>(p, ring.biases(), 0,
                          [&](int i) { return bias_of<K>(p, column, threadIdx.x % WARPGROUP + i * WARPGROUP); });
   };
   Outbox<A> hidden(ring.outbox(warp));
@@ -385,16 +378,12 @@ template <class R> __device__ __forceinline__ void consume_wide(const WideArgs &
       ring.next();
       continue;
     }
-    float sums[1][A::SUMS];
-    if (!multiply_wide<A>(ring, args.first.chunks, row_bytes, sums[0]))
+    float sums[A::SUMS];
+    if (!multiply_wide<A>(ring, args.first.chunks, row_bytes, sums))
       continue;
     const int column = command * A::OUT_COLUMNS;
     const unsigned biases = biases_of(A(), first, column);
-    if constexpr (A::ROWS == NARROW_TOKENS)
-      write_hidden<A>(args, hidden, sums[0], row, column, biases);
-    else
-      with_finish<A::GATED>(first.finish,
-                            [&](auto finish) { write_tile<A, finish>(first, hidden, sums, row, column, biases); });
+    write_hidden<A>(args, hidden, sums, row, column, biases);
     if (elected()) { // as sent them
       copies_out_end();
       fence_global_copies();
@@ -444,22 +433,18 @@ template <class R> __global__ void __launch_bounds__(R::THREADS, 1) wide_kernel(
     }
     for (int slot = 0; slot < R::SLOTS; ++slot) {
       barrier_init(filled.full(slot), 1);
-      barrier_init(filled.empty(slot), 4 * R::CONSUMERS); // each warp for itself
+      barrier_init(filled.empty(slot), 4); // each warp for itself
     }
     publish_barriers();
   }
   __syncthreads();
   if (threadIdx.x < WARPGROUP) {
-    if constexpr (R::CONSUMERS == 2)
-      give_registers<Warpgroups<2>::PRODUCER_REGISTERS>();
     if (warp_of_block() == 0 && elected())
       produce_wide(args, filled);
     __syncwarp();
     if (R::CLUSTER > 1 && static_cast<int>(blockIdx.x) / R::CLUSTER < args.second.tiles)
       cluster_sync(); // where the consumers exchange sums
   } else {
-    if constexpr (R::CONSUMERS == 2)
-      take_registers<Warpgroups<2>::CONSUMER_REGISTERS>();
     consume_wide(args, emptied);
   }
   if (R::CLUSTER > 1)
@@ -472,7 +457,7 @@ template <class R> __global__ void __launch_bounds__(R::THREADS, 1) wide_kernel(
 
 struct WideVariant {
   bool gated;
-  int rows, first_columns, first_tile_columns, second_columns, split, parts;
+  int first_columns, first_tile_columns, second_columns, split, parts;
   int (*resident)(int *blocks);
   int (*enqueue)(const Shape &shape, int dtype, cudaStream_t stream);
 };
@@ -498,9 +483,9 @@ template <class R> int enqueue_wide(const Shape &shape, int dtype, cudaStream_t 
   if (status == FUSED_MLP_OK)
     status = chunk_map(&second.weights, {shape.down, o, n, shape.down_stride, 0, dtype, B::OUT_COLUMNS, B::CHUNKS, 1});
   if (status == FUSED_MLP_OK)
-    status = encode_tensor_map(&first.product.out, dtype, shape.hidden, shape.tokens, n, shape.hidden_stride, 16, 2 * A::CHUNK);
+    status = box_map(&first.product.out, {shape.hidden, shape.tokens, n, shape.hidden_stride, dtype, 16, 2 * A::CHUNK});
   if (status == FUSED_MLP_OK)
-    status = encode_tensor_map(&second.product.out, dtype, shape.out, shape.tokens, o, o, 16, 2 * B::CHUNK);
+    status = box_map(&second.product.out, {shape.out, shape.tokens, o, o, dtype, 16, 2 * B::CHUNK});
   if (status != FUSED_MLP_OK)
     return status;
   if (!A::GATED)
@@ -517,11 +502,10 @@ template <class R> int enqueue_wide(const Shape &shape, int dtype, cudaStream_t 
   first.chunks = first.part_chunks = h / CHUNK;
   second.chunks = n / CHUNK;
   constexpr int PARTS = B::SPLIT * B::HELD;
-  second.part_chunks = B::ROWS == NARROW_TOKENS ? part_chunks(second.chunks, PARTS) : divide_up(second.chunks, PARTS);
+  second.part_chunks = part_chunks(second.chunks, PARTS);
   args.counters = shape.counters;
   args.activation = shape.activation;
   args.activation_param = static_cast<float>(shape.activation_param);
-  finish_of(static_cast<int>(shape.activation), &first.product.finish, &first.product.slope);
 
   const int blocks = divide_up(larger(first.tiles, second.tiles * B::SPLIT), B::SPLIT) * B::SPLIT;
   cudaLaunchAttribute attributes[2];
@@ -539,44 +523,38 @@ template <class R> int enqueue_wide(const Shape &shape, int dtype, cudaStream_t 
   return cudaLaunchKernelEx(&config, wide_kernel<R>, args);
 }
 
-template <typename T, bool GATED, int ROWS, int COLUMNS, int CHUNKS, int SECOND_COLUMNS, int SPLIT, int HELD,
-          int SECOND_CHUNKS>
+template <typename T, bool GATED, int COLUMNS, int CHUNKS, int SECOND_COLUMNS, int SPLIT, int HELD, int SECOND_CHUNKS>
 constexpr WideVariant wide_variant() {
-  using A = WideTile<T, GATED, ROWS, COLUMNS, 1, 1, CHUNKS>;
-  using R = WideRing<A, WideTile<T, false, ROWS, SECOND_COLUMNS, SPLIT, HELD, SECOND_CHUNKS>>;
-  return {GATED,          ROWS,  COLUMNS,      A::OUT_COLUMNS,
-          SECOND_COLUMNS, SPLIT, SPLIT * HELD, resident_blocks<R, wide_kernel<R>>,
-          enqueue_wide<R>};
+  using A = WideTile<T, GATED, COLUMNS, 1, 1, CHUNKS>;
+  using R = WideRing<A, WideTile<T, false, SECOND_COLUMNS, SPLIT, HELD, SECOND_CHUNKS>>;
+  return {GATED, COLUMNS,      A::OUT_COLUMNS,                     SECOND_COLUMNS,
+          SPLIT, SPLIT * HELD, resident_blocks<R, wide_kernel<R>>, enqueue_wide<R>};
 }
 
 // The tiles that were fastest for some shape.
 template <typename T> const WideVariant *wide_variants(int *count) {
   static const WideVariant variants[] = {
-      // Gated: tokens; weights' rows and chunks of a stage; of the second layer weights' rows, split, held, chunks.
-      wide_variant<T, true, 64, 32, 2, 32, 4, 1, 2>(),
-      wide_variant<T, true, 64, 64, 2, 48, 4, 1, 2>(),
-      wide_variant<T, true, 64, 96, 2, 64, 4, 1, 2>(),
-      wide_variant<T, true, 64, 96, 2, 32, 2, 2, 2>(),
-      wide_variant<T, true, 64, 128, 1, 32, 2, 2, 2>(),
-      wide_variant<T, true, 64, 64, 2, 48, 2, 2, 2>(),
-      wide_variant<T, true, 64, 96, 2, 48, 2, 2, 2>(),
-      wide_variant<T, true, 64, 96, 2, 64, 2, 1, 2>(),
-      wide_variant<T, true, 64, 128, 1, 64, 2, 1, 2>(),
-      wide_variant<T, true, 64, 128, 1, 128, 2, 1, 1>(),
-      wide_variant<T, true, 64, 96, 2, 32, 1, 1, 2>(),
-      wide_variant<T, true, 128, 96, 1, 96, 4, 1, 1>(),
-      wide_variant<T, true, 128, 128, 1, 64, 2, 1, 1>(),
+      // Gated: weights' rows and chunks of a stage; of the second layer weights' rows, split, held, chunks.
+      wide_variant<T, true, 32, 2, 32, 4, 1, 2>(),
+      wide_variant<T, true, 64, 2, 48, 4, 1, 2>(),
+      wide_variant<T, true, 96, 2, 64, 4, 1, 2>(),
+      wide_variant<T, true, 96, 2, 32, 2, 2, 2>(),
+      wide_variant<T, true, 128, 1, 32, 2, 2, 2>(),
+      wide_variant<T, true, 64, 2, 48, 2, 2, 2>(),
+      wide_variant<T, true, 96, 2, 48, 2, 2, 2>(),
+      wide_variant<T, true, 96, 2, 64, 2, 1, 2>(),
+      wide_variant<T, true, 128, 1, 64, 2, 1, 2>(),
+      wide_variant<T, true, 128, 1, 128, 2, 1, 1>(),
+      wide_variant<T, true, 96, 2, 32, 1, 1, 2>(),
       // Plain.
-      wide_variant<T, false, 64, 32, 2, 32, 4, 1, 2>(),
-      wide_variant<T, false, 64, 48, 2, 48, 4, 1, 2>(),
-      wide_variant<T, false, 64, 64, 2, 64, 4, 1, 2>(),
-      wide_variant<T, false, 64, 64, 2, 32, 2, 2, 2>(),
-      wide_variant<T, false, 64, 48, 2, 48, 2, 2, 2>(),
-      wide_variant<T, false, 64, 64, 2, 64, 2, 1, 2>(),
-      wide_variant<T, false, 64, 128, 1, 128, 2, 1, 1>(),
-      wide_variant<T, false, 64, 32, 2, 32, 1, 1, 2>(),
-      wide_variant<T, false, 128, 32, 2, 32, 4, 1, 2>(),
-      wide_variant<T, false, 128, 48, 1, 48, 4, 1, 1>(),
+      wide_variant<T, false, 32, 2, 32, 4, 1, 2>(),
+      wide_variant<T, false, 48, 2, 48, 4, 1, 2>(),
+      wide_variant<T, false, 64, 2, 64, 4, 1, 2>(),
+      wide_variant<T, false, 64, 2, 32, 2, 2, 2>(),
+      wide_variant<T, false, 48, 2, 48, 2, 2, 2>(),
+      wide_variant<T, false, 64, 2, 64, 2, 1, 2>(),
+      wide_variant<T, false, 128, 1, 128, 2, 1, 1>(),
+      wide_variant<T, false, 32, 2, 32, 1, 1, 2>(),
   };
   *count = sizeof(variants) / sizeof(variants[0]);
   return variants;
@@ -588,8 +566,8 @@ template <typename T> const WideVariant *wide_variants(int *count) {
 double wide_cost(const WideVariant &v, const FusedMlpArgs &args, int resident) {
   const auto layer = [&](int tiles, int blocks, int chunks, int columns, double bytes) {
     const int waves = divide_up(blocks, resident);
-    const double chunk = std::fmax((v.rows + columns) * SWIZZLE_BYTES / 63e3, 0.12);
-    const double copies = waves * (chunks * chunk + 4.7e-5 * columns * v.rows);
+    const double chunk = std::fmax((MAX_TOKENS + columns) * SWIZZLE_BYTES / 63e3, 0.12);
+    const double copies = waves * (chunks * chunk + 4.7e-5 * columns * MAX_TOKENS);
     return std::fmax(copies, bytes / 3.17e6 * std::sqrt(static_cast<double>(waves) * resident / blocks));
   };
   const int first_tiles = divide_up(args.intermediate_size, v.first_tile_columns);
@@ -601,9 +579,9 @@ double wide_cost(const WideVariant &v, const FusedMlpArgs &args, int resident) {
          (v.split == 4 ? 1.6 : 0.);
 }
 
-// The tiles of least cost for so many tokens, of those that cut the second layer's depth as decode_hopper.cu does; none where
-// no tiles of the second layer are one wave.
-int choose_wide(const DeviceFacts &facts, const FusedMlpArgs &args, int tokens, const WideVariant **best) {
+// The tiles of least cost, of those that cut the second layer's depth as decode_hopper.cu does; none where no tiles of the second
+// layer are one wave.
+int choose_wide(const DeviceFacts &facts, const FusedMlpArgs &args, const WideVariant **best) {
   const int parts = depth_parts(decode_blocks(facts), args.output_size, args.intermediate_size);
   int count = 0;
   const WideVariant *const all =
@@ -611,8 +589,7 @@ int choose_wide(const DeviceFacts &facts, const FusedMlpArgs &args, int tokens, 
   double least = HUGE_VAL;
   *best = nullptr;
   for (const WideVariant *v = all; v != all + count; ++v) {
-    if (v->gated != (args.gated != 0) || v->rows != (tokens <= NARROW_TOKENS ? NARROW_TOKENS : WIDE_TOKENS) ||
-        (v->rows == NARROW_TOKENS && v->parts != parts))
+    if (v->gated != (args.gated != 0) || v->parts != parts)
       continue;
     int resident = 0;
     const int status = v->resident(&resident);
@@ -630,70 +607,46 @@ int choose_wide(const DeviceFacts &facts, const FusedMlpArgs &args, int tokens, 
   return FUSED_MLP_OK;
 }
 
-// The same, remembered: a model asks for few sizes again and again.
-int remembered_choice(const DeviceFacts &facts, const FusedMlpArgs &args, int tokens, const WideVariant **best) {
-  struct Memory {
+// The same, remembered.
+int remembered_choice(const DeviceFacts &facts, const FusedMlpArgs &args, const WideVariant **best) {
+  struct Key {
     int device, dtype, gated, hidden_size, intermediate_size, output_size;
-    bool narrow, known;
-    const WideVariant *best;
+    bool operator==(const Key &k) const {
+      return device == k.device && dtype == k.dtype && gated == k.gated && hidden_size == k.hidden_size &&
+             intermediate_size == k.intermediate_size && output_size == k.output_size;
+    }
   };
-  constexpr unsigned PLACES = 16;
-  static thread_local Memory memories[PLACES] = {};
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
+  static thread_local Memory<Key, const WideVariant *, 4> memory;
+  Key key = {0, args.dtype, args.gated != 0, args.hidden_size, args.intermediate_size, args.output_size};
+  const cudaError_t error = cudaGetDevice(&key.device);
   if (error != cudaSuccess)
     return error;
-  const bool narrow = tokens <= NARROW_TOKENS;
-  Memory &m = memories[(args.hidden_size / CHUNK * 7u + args.intermediate_size / CHUNK + narrow) % PLACES];
-  if (!m.known || m.device != device || m.dtype != args.dtype || m.gated != args.gated || m.narrow != narrow ||
-      m.hidden_size != args.hidden_size || m.intermediate_size != args.intermediate_size ||
-      m.output_size != args.output_size) {
-    const WideVariant *found = nullptr;
-    const int status = choose_wide(facts, args, tokens, &found);
-    if (status != FUSED_MLP_OK)
-      return status;
-    m = {device, args.dtype, args.gated, args.hidden_size, args.intermediate_size, args.output_size, narrow, true, found};
-  }
-  *best = m.best;
-  return FUSED_MLP_OK;
+  return memory.get(key, args.hidden_size / CHUNK * 7u + args.intermediate_size / CHUNK, best,
+                    [&](const WideVariant **found) { return choose_wide(facts, args, found); });
 }
 
 } // namespace
 
-int wide_tokens_at_once(const DeviceFacts &device, const FusedMlpArgs &args, int *tokens) {
-  *tokens = 0;
-  Finish finish;
-  float slope;
+int can_decode_wide(const DeviceFacts &device, const FusedMlpArgs &args, bool *can) {
+  *can = false;
   if (!device.hopper || (args.dtype != FUSED_MLP_BF16 && args.dtype != FUSED_MLP_F16) || args.hidden_size % CHUNK != 0 ||
-      args.intermediate_size % CHUNK != 0 || args.output_size % 8 != 0 ||
-      (args.tokens > NARROW_TOKENS && !finish_of(args.activation, &finish, &slope)))
+      args.intermediate_size % CHUNK != 0 || args.output_size % 8 != 0)
     return FUSED_MLP_OK;
-  const WideVariant *narrow = nullptr, *wide = nullptr;
-  int status = remembered_choice(device, args, NARROW_TOKENS, &narrow);
-  if (status == FUSED_MLP_OK && args.tokens > NARROW_TOKENS)
-    status = remembered_choice(device, args, WIDE_TOKENS, &wide);
-  *tokens = wide ? WIDE_TOKENS : narrow ? NARROW_TOKENS : 0;
+  const WideVariant *tiles = nullptr;
+  const int status = remembered_choice(device, args, &tiles);
+  *can = tiles;
   return status;
 }
 
 bool decode_wide_is_chosen(const DeviceFacts &device, const FusedMlpArgs &args) {
   constexpr int FEWEST_TOKENS = 33, MOST_COLUMNS = 32; // of the output, for each multiprocessor
-  constexpr long long MILLION = 1000000;
-  const long long weights =
-      1ll * args.intermediate_size * ((args.gated ? 2ll : 1ll) * args.hidden_size + args.output_size);
-  if (args.tokens < FEWEST_TOKENS || args.tokens > WIDE_TOKENS)
-    return false;
-  if (args.tokens <= NARROW_TOKENS)
-    return args.output_size <= MOST_COLUMNS * device.multiprocessors;
-  if (!args.gated)
-    return weights >= 2 * MILLION && weights < 18 * MILLION;
-  return (weights >= 30 * MILLION && weights < 40 * MILLION) ||
-         (args.tokens > 96 && weights >= 64 * MILLION && weights < 256 * MILLION);
+  return args.tokens >= FEWEST_TOKENS && args.tokens <= MAX_TOKENS &&
+         args.output_size <= MOST_COLUMNS * device.multiprocessors;
 }
 
 int launch_decode_wide(const Shape &shape, const FusedMlpArgs &args, const DeviceFacts &device, cudaStream_t stream) {
   const WideVariant *tiles = nullptr;
-  const int status = remembered_choice(device, args, shape.tokens, &tiles);
+  const int status = remembered_choice(device, args, &tiles);
   if (status != FUSED_MLP_OK)
     return status;
   return tiles ? tiles->enqueue(shape, args.dtype, stream) : FUSED_MLP_UNSUPPORTED;

@@ -26,7 +26,7 @@ enum FusedMlpPath {
   FUSED_MLP_PATH_RESIDENT = 5,   // bf16 and f16: few tokens of small models, whose weights fit in shared memory at once
   FUSED_MLP_PATH_CLUSTER = 6,    // sm_90 up, any alignment, any type: models so small that one cluster of blocks is enough
   FUSED_MLP_PATH_GEMM_AMPERE = 7, // of fused_mlp_gemm alone: bf16 and f16, as sm_80 to sm_89 run it; AUTO there is for sm_90a
-  FUSED_MLP_PATH_WIDE = 8        // bf16 and f16: some dozens of tokens (up to 128 in a launch) as the rows of a product
+  FUSED_MLP_PATH_WIDE = 8        // bf16 and f16: some dozens of tokens as the rows of a product
 };
 
 // Own status codes are negative; a positive status is a cudaError_t.
@@ -73,7 +73,7 @@ uint64_t fused_mlp_decode_workspace_bytes(const FusedMlpArgs *args);
 // The path that AUTO takes for these arguments on the current device. Workspace and out are not looked at.
 int fused_mlp_decode_path(const FusedMlpArgs *args, int *path);
 
-// Enqueues the MLP; 1 to 64 tokens are one kernel launch, more are one per 64 (or 128, on FUSED_MLP_PATH_WIDE).
+// Enqueues the MLP; 1 to 64 tokens are one kernel launch, more are one per 64.
 int fused_mlp_decode(const FusedMlpArgs *args, cudaStream_t stream);
 
 // Whether fused_mlp_gemm takes these arguments on the current device: bf16, f16 or f32, x and all weights with rows on 16 bytes,

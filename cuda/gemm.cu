@@ -1,29 +1,17 @@
 // The C interface of the kernels for many tokens: checks arguments, chooses each product's tiles, launches both.
 #include "gemm_ampere.h"
 #include "gemm_arguments.cuh"
-#include <atomic>
 #include <cmath>
 
 namespace fused_mlp {
 namespace {
 
-constexpr int MAX_DEVICES = 64;
-
 // Whether the kernels' code is for the current device. Asked for once.
 int runs_here(bool *runs) {
-  enum { UNKNOWN, NO, YES };
-  static std::atomic<int> known[MAX_DEVICES];
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess)
-    return error;
-  *runs = false;
-  if (device >= MAX_DEVICES)
-    return FUSED_MLP_OK;
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == UNKNOWN) {
+  static PerDevice<bool> known;
+  return known.get(runs, [](int device, bool *found) -> int {
     int major = 0, minor = 0, source = 0, binary = 0;
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (error == cudaSuccess)
       error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (error != cudaSuccess)
@@ -31,13 +19,9 @@ int runs_here(bool *runs) {
     // No other GPU has sm_90a's instructions, and code compiled for older ones has no body here.
     const bool hopper = major == 9 && minor == 0;
     const int status = hopper ? gemm_compiled_for(&source, &binary) : FUSED_MLP_OK;
-    if (status != FUSED_MLP_OK)
-      return status;
-    answer = hopper && source >= 90 && binary == 90 ? YES : NO;
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  *runs = answer == YES;
-  return FUSED_MLP_OK;
+    *found = hopper && source >= 90 && binary == 90;
+    return status;
+  });
 }
 
 // About how long a product takes with these tiles, in microseconds on an H100: waves of tiles, each as long as its products, what
@@ -45,9 +29,9 @@ int runs_here(bool *runs) {
 // from memory, where few blocks read more slowly. Only differences between tiles count. The numbers were fitted to
 // pairs of products of eight MLPs at 29 token counts, where the choice costs 0.6% on average (`harness/gemm sweep`).
 double cost(const Variant &v, const Operands &o, int resident) {
-  const int clusters = ceil_div(o.tokens, v.rows * v.share) * ceil_div(o.columns, v.columns * v.peers);
+  const int clusters = divide_up(o.tokens, v.rows * v.share) * divide_up(o.columns, v.columns * v.peers);
   const int of_cluster = v.share * v.peers * v.split;
-  const int blocks = clusters * of_cluster * v.links, waves = ceil_div(blocks, resident);
+  const int blocks = clusters * of_cluster * v.links, waves = divide_up(blocks, resident);
   const double busy = std::fmin(1., static_cast<double>(blocks) / resident);
   const double tile = static_cast<double>(v.rows) * v.weights, width = v.turned ? v.rows : v.weights;
   const double multiply = 1.931e-5 * tile;
@@ -55,7 +39,7 @@ double cost(const Variant &v, const Operands &o, int resident) {
   const double read = 4.277e-6 * (2. * tile * (64. + width) / width + 128. * (v.rows + v.weights));
   // Rows are in L2 already.
   const double copy = 1.884e-3 * (0.699 * v.rows / v.peers + static_cast<double>(v.weights) / v.share) * std::pow(busy, 0.336);
-  const double products = ceil_div(o.depth, 64) / static_cast<double>(v.split * v.links) *
+  const double products = divide_up(o.depth, 64) / static_cast<double>(v.split * v.links) *
                           (std::fmax(std::fmax(multiply, read), copy) + 0.215 * copy);
   const double finish = 7.26e-5 * tile + (v.turned ? 4.18e-5 * tile : 0.) + (v.split > 1 ? 1.6 + 1.06e-4 * tile : 0.) +
                         (v.links > 1 ? 4. + 3.1e-4 * tile : 0.);
@@ -66,12 +50,12 @@ double cost(const Variant &v, const Operands &o, int resident) {
 
 // The same in f32, where a stage is three products of 32 elements.
 double cost_f32(const Variant &v, const Operands &o, int resident) {
-  const int stages = ceil_div(ceil_div(o.depth, 32), v.split);
+  const int stages = divide_up(divide_up(o.depth, 32), v.split);
   // Of more, the sums would be rounded too often.
   if (v.split > 1 && stages > 128 * v.split)
     return HUGE_VAL;
-  const int blocks = ceil_div(o.tokens, v.rows) * ceil_div(o.columns, v.columns) * v.split;
-  const int waves = ceil_div(blocks, resident);
+  const int blocks = divide_up(o.tokens, v.rows) * divide_up(o.columns, v.columns) * v.split;
+  const int waves = divide_up(blocks, resident);
   const double tile = static_cast<double>(v.rows) * v.weights;
   const double multiply = 5.8e-5 * tile + 0.4, copy = 2.1e-3 * (v.rows + v.weights);
   const double finish = 1.15e-4 * tile + (v.split > 1 ? 0.12 + 1.55e-4 * tile : 0.);
@@ -82,7 +66,7 @@ double cost_f32(const Variant &v, const Operands &o, int resident) {
 
 // Blocks that hand over their sums, and the memory for that.
 int meetings(const Variant &v, const Operands &o) {
-  return ceil_div(o.tokens, v.rows * v.share) * ceil_div(o.columns, v.columns * v.peers) * v.share * v.peers;
+  return divide_up(o.tokens, v.rows * v.share) * divide_up(o.columns, v.columns * v.peers) * v.share * v.peers;
 }
 unsigned long long meeting_bytes(const Variant &v, const Operands &o) {
   return v.links == 1 ? 0 : 4ull * MEETINGS + 4ull * meetings(v, o) * v.rows * v.weights;
@@ -111,49 +95,62 @@ int choose(const Operands &o, bool gated, const Variant **best) {
   return FUSED_MLP_OK;
 }
 
-// The same, remembered: a model asks for few sizes again and again, and going through all tiles takes microseconds.
-int remembered_choice(const Operands &o, bool gated, const Variant **best) {
-  struct Memory {
-    int device, dtype, gated, tokens, depth, columns;
-    bool meets;
-    const Variant *best;
+int hopper_takes(const FusedMlpArgs &args, bool *takes_it) {
+  *takes_it = false;
+  return takes(args) ? runs_here(takes_it) : FUSED_MLP_OK;
+}
+
+// The kernels for sm_90a, or those of gemm_ampere.cu.
+struct Family {
+  // Whether they are for the current device and take these arguments.
+  int (*takes)(const FusedMlpArgs &args, bool *takes_it);
+  // The tiles of least cost; those whose blocks meet in memory only where there is `o.meeting`.
+  int (*choose)(const Operands &o, bool gated, const Variant **best);
+  // What these need of it.
+  unsigned long long (*meeting_bytes)(const Variant &tiles, const Operands &o);
+};
+Family family_of(const FusedMlpArgs &args) {
+  return args.path == FUSED_MLP_PATH_GEMM_AMPERE
+             ? Family{gemm_ampere_takes, gemm_ampere_choose, gemm_ampere_meeting_bytes}
+             : Family{hopper_takes, choose, meeting_bytes};
+}
+
+// A family's choice, remembered: going through all tiles takes microseconds.
+int remembered_choice(const Family &family, const Operands &o, bool gated, const Variant **best) {
+  struct Key {
+    int (*choose)(const Operands &, bool, const Variant **);
+    int device, dtype, tokens, depth, columns;
+    bool gated, meets;
+    bool operator==(const Key &k) const {
+      return choose == k.choose && device == k.device && dtype == k.dtype && tokens == k.tokens && depth == k.depth &&
+             columns == k.columns && gated == k.gated && meets == k.meets;
+    }
   };
-  constexpr int PLACE_BITS = 6;
-  static thread_local Memory memories[1 << PLACE_BITS] = {};
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
+  static thread_local Memory<Key, const Variant *, 6> memory;
+  Key key = {family.choose, 0, o.dtype, o.tokens, o.depth, o.columns, gated, o.meeting != nullptr};
+  const cudaError_t error = cudaGetDevice(&key.device);
   if (error != cudaSuccess)
     return error;
   // Sizes are multiples of powers of two, and both products of a square MLP have the same: all of a key's bits count.
-  const unsigned key = o.tokens * 0x9e3779b1u ^ o.depth * 0x85ebca77u ^ o.columns * 0xc2b2ae3du ^ (o.meeting ? 0x27d4eb2fu : 0u) ^
-                       (gated ? 0x165667b1u : 0u);
-  Memory &m = memories[key * 0x9e3779b1u >> (32 - PLACE_BITS)];
-  if (!m.best || m.device != device || m.dtype != o.dtype || m.gated != gated || m.tokens != o.tokens ||
-      m.depth != o.depth || m.columns != o.columns || m.meets != (o.meeting != nullptr)) {
-    const Variant *found = nullptr;
-    const int status = choose(o, gated, &found);
-    if (status != FUSED_MLP_OK)
-      return status;
-    m = {device, o.dtype, gated, o.tokens, o.depth, o.columns, o.meeting != nullptr, found};
-  }
-  *best = m.best;
-  return FUSED_MLP_OK;
+  const unsigned hash = o.tokens * 0x9e3779b1u ^ o.depth * 0x85ebca77u ^ o.columns * 0xc2b2ae3du ^
+                        (key.meets ? 0x27d4eb2fu : 0u) ^ (gated ? 0x165667b1u : 0u);
+  return memory.get(key, hash, best, [&](const Variant **found) { return family.choose(o, gated, found); });
 }
 
-int enqueue(const Operands &o, bool gated, cudaStream_t stream) {
+int enqueue(const Family &family, const Operands &o, bool gated, cudaStream_t stream) {
   const Variant *tiles = nullptr;
-  const int status = remembered_choice(o, gated, &tiles);
+  const int status = remembered_choice(family, o, gated, &tiles);
   return status == FUSED_MLP_OK ? tiles->enqueue(o, stream) : status;
 }
 
 // What the second product needs besides the hidden rows.
-int meeting_bytes_of(const FusedMlpArgs &args, unsigned long long *bytes) {
+int meeting_bytes_of(const Family &family, const FusedMlpArgs &args, unsigned long long *bytes) {
   Operands second = second_product(args);
   second.meeting = &second; // there would be one
   const Variant *tiles = nullptr;
-  const int status = remembered_choice(second, false, &tiles);
+  const int status = remembered_choice(family, second, false, &tiles);
   if (status == FUSED_MLP_OK)
-    *bytes = meeting_bytes(*tiles, second);
+    *bytes = family.meeting_bytes(*tiles, second);
   return status;
 }
 
@@ -161,28 +158,25 @@ int meeting_bytes_of(const FusedMlpArgs &args, unsigned long long *bytes) {
 } // namespace fused_mlp
 
 extern "C" int fused_mlp_gemm_takes(const FusedMlpArgs *args, int *takes) {
-  if (args->path == FUSED_MLP_PATH_GEMM_AMPERE)
-    return fused_mlp::gemm_ampere_takes(*args, takes);
-  bool runs = false;
-  const bool described = fused_mlp::takes(*args);
-  const int status = described ? fused_mlp::runs_here(&runs) : FUSED_MLP_OK;
-  *takes = runs;
+  bool answer = false;
+  const int status = fused_mlp::family_of(*args).takes(*args, &answer);
+  *takes = answer;
   return status;
 }
 
 extern "C" int fused_mlp_gemm_workspace_bytes(const FusedMlpArgs *args, uint64_t *bytes) {
   using namespace fused_mlp;
-  if (args->path == FUSED_MLP_PATH_GEMM_AMPERE)
-    return gemm_ampere_workspace_bytes(*args, bytes);
   unsigned long long meeting = 0;
-  const int status = meeting_bytes_of(*args, &meeting);
+  const int status = meeting_bytes_of(family_of(*args), *args, &meeting);
   *bytes = hidden_bytes(*args) + meeting;
   return status;
 }
 
 extern "C" int fused_mlp_gemm(const FusedMlpArgs *args, cudaStream_t stream) {
   using namespace fused_mlp;
-  int taken = 0, status = fused_mlp_gemm_takes(args, &taken);
+  const Family family = family_of(*args);
+  bool taken = false;
+  int status = family.takes(*args, &taken);
   if (status != FUSED_MLP_OK)
     return status;
   if (!taken)
@@ -194,21 +188,15 @@ extern "C" int fused_mlp_gemm(const FusedMlpArgs *args, cudaStream_t stream) {
     return FUSED_MLP_WORKSPACE_TOO_SMALL;
   if (!stream)
     stream = cudaStreamLegacy;
-  if (args->path == FUSED_MLP_PATH_GEMM_AMPERE)
-    return gemm_ampere(*args, stream);
-  Operands second = second_product(*args);
+  Operands first, second = second_product(*args);
+  if (!first_product(*args, &first))
+    return FUSED_MLP_UNSUPPORTED;
   unsigned long long meeting = 0;
-  status = meeting_bytes_of(*args, &meeting);
+  status = meeting_bytes_of(family, *args, &meeting);
   if (status != FUSED_MLP_OK)
     return status;
   if (meeting > 0 && args->workspace_bytes >= hidden_bytes(*args) + meeting)
-    second.meeting = static_cast<char *>(args->workspace) + hidden_bytes(*args);
-  Operands first = {};
-  if (!first_product(*args, &first))
-    return FUSED_MLP_UNSUPPORTED;
-  first.clear = second.meeting;
-  status = enqueue(first, args->gated, stream);
-  if (status != FUSED_MLP_OK)
-    return status;
-  return enqueue(second, false, stream);
+    first.clear = second.meeting = static_cast<char *>(args->workspace) + hidden_bytes(*args);
+  status = enqueue(family, first, args->gated, stream);
+  return status == FUSED_MLP_OK ? enqueue(family, second, false, stream) : status;
 }

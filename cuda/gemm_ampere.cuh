@@ -12,7 +12,7 @@
 #include "decode_common.cuh"
 #include "finish.cuh"
 #include "gemm_ampere.h"
-#include <atomic>
+#include "host.cuh"
 
 namespace fused_mlp {
 namespace {
@@ -76,11 +76,6 @@ __device__ __forceinline__ void load_matrices(unsigned address, unsigned &a, uns
 }
 __device__ __forceinline__ void store_shared_4(unsigned address, unsigned v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
-}
-__device__ __forceinline__ unsigned load_shared_4(unsigned address) {
-  unsigned v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-  return v;
 }
 
 // Where a row's piece of 16 bytes lies among rows of so many: swizzled, so that the same piece of eight rows lies in all
@@ -400,61 +395,38 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) prod
 
 // Row tiles of so many tokens take turns with the weights that go by.
 constexpr int GROUP_TOKENS = 2048;
-constexpr int MAX_DEVICES = 64;
 
 // Blocks that the device runs at once, asked for once; 0 of those that do not fit.
 template <class K> int resident_blocks(int *blocks) {
-  static std::atomic<int> known[MAX_DEVICES]; // and 1
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess)
-    return error;
-  if (device >= MAX_DEVICES)
-    return FUSED_MLP_UNSUPPORTED;
-  *blocks = known[device].load(std::memory_order_acquire) - 1;
-  if (*blocks >= 0)
-    return FUSED_MLP_OK;
-  int limit = 0, multiprocessors = 0, each = 0;
-  error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess && K::TOTAL_BYTES <= limit) {
-    error = cudaFuncSetAttribute(product_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, K::TOTAL_BYTES);
+  static PerDevice<int> known;
+  return known.get(blocks, [](int device, int *found) -> int {
+    int limit = 0, multiprocessors = 0, each = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error == cudaSuccess)
-      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, product_kernel<K>, K::THREADS, K::TOTAL_BYTES);
-  }
-  if (error != cudaSuccess)
+      error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess && K::TOTAL_BYTES <= limit) {
+      error = cudaFuncSetAttribute(product_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, K::TOTAL_BYTES);
+      if (error == cudaSuccess)
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, product_kernel<K>, K::THREADS, K::TOTAL_BYTES);
+    }
+    *found = each * multiprocessors;
     return error;
-  *blocks = each * multiprocessors;
-  known[device].store(*blocks + 1, std::memory_order_release);
-  return FUSED_MLP_OK;
+  });
 }
 
 // Whether the kernel waits for the one before itself: as code for sm_90 does, on such a device. Asked for once.
 template <class K> int launches_dependently(bool *does) {
-  enum { UNKNOWN, NO, YES };
-  static std::atomic<int> known[MAX_DEVICES];
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess)
-    return error;
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == UNKNOWN) {
+  static PerDevice<bool> known;
+  return known.get(does, [](int device, bool *found) -> int {
     int major = 0;
     cudaFuncAttributes attributes = {};
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (error == cudaSuccess)
       error = cudaFuncGetAttributes(&attributes, product_kernel<K>);
-    if (error != cudaSuccess)
-      return error;
-    answer = major >= 9 && attributes.ptxVersion >= 90 ? YES : NO;
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  *does = answer == YES;
-  return FUSED_MLP_OK;
+    *found = major >= 9 && attributes.ptxVersion >= 90;
+    return error;
+  });
 }
-
-inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 template <class K, int SPLIT> int enqueue(const Operands &o, cudaStream_t stream) {
   int blocks = 0, status = resident_blocks<K>(&blocks);
@@ -480,9 +452,9 @@ template <class K, int SPLIT> int enqueue(const Operands &o, cudaStream_t stream
   p.tokens = o.tokens;
   p.columns = o.columns;
   p.depth = o.depth;
-  p.stages = ceil_div(o.depth, K::DEPTH);
-  p.row_tiles = ceil_div(o.tokens, K::ROWS);
-  p.column_tiles = ceil_div(o.columns, K::COLUMNS);
+  p.stages = divide_up(o.depth, K::DEPTH);
+  p.row_tiles = divide_up(o.tokens, K::ROWS);
+  p.column_tiles = divide_up(o.columns, K::COLUMNS);
   p.group = GROUP_TOKENS / K::ROWS;
   p.split = SPLIT < p.stages ? SPLIT : p.stages;
   p.weights_early = o.weights_early;

@@ -10,10 +10,9 @@ const Variant *gemm_ampere_variants_f16(int *count);
 // The architecture that the kernels' code for the current device was compiled for.
 int gemm_ampere_compiled_for(int *source);
 
-// What fused_mlp_gemm_takes, fused_mlp_gemm_workspace_bytes and fused_mlp_gemm answer and do on FUSED_MLP_PATH_GEMM_AMPERE.
-// The workspace and the output have been checked.
-int gemm_ampere_takes(const FusedMlpArgs &args, int *answer);
-int gemm_ampere_workspace_bytes(const FusedMlpArgs &args, uint64_t *bytes);
-int gemm_ampere(const FusedMlpArgs &args, cudaStream_t stream);
+// The family of FUSED_MLP_PATH_GEMM_AMPERE, as gemm.cu has it.
+int gemm_ampere_takes(const FusedMlpArgs &args, bool *takes_it);
+int gemm_ampere_choose(const Operands &o, bool gated, const Variant **best);
+unsigned long long gemm_ampere_meeting_bytes(const Variant &tiles, const Operands &o);
 
 } // namespace fused_mlp

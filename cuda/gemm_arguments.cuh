@@ -2,6 +2,7 @@
 #pragma once
 #include "activation.cuh"
 #include "gemm_kernels.cuh"
+#include "host.cuh"
 
 namespace fused_mlp {
 
@@ -31,8 +32,6 @@ inline bool takes(const FusedMlpArgs &args) {
          (!args.gated || describable(args.up, args.up_stride, args.dtype)) &&
          describable(args.down, args.down_stride, args.dtype);
 }
-
-inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Bytes of the hidden rows, to where the next thing in the workspace may begin.
 inline unsigned long long hidden_bytes(const FusedMlpArgs &args) {

@@ -11,7 +11,6 @@
 #include "finish.cuh"
 #include "gemm_kernels.cuh"
 #include "hopper.cuh"
-#include <atomic>
 
 namespace fused_mlp {
 namespace {
@@ -109,11 +108,6 @@ __device__ __forceinline__ void store_shared(unsigned address, unsigned short v)
 }
 __device__ __forceinline__ float float_of_bits(__nv_bfloat16, unsigned short v) { return to_float(__ushort_as_bfloat16(v)); }
 __device__ __forceinline__ float float_of_bits(__half, unsigned short v) { return to_float(__ushort_as_half(v)); }
-__device__ __forceinline__ unsigned load_shared_4(unsigned address) {
-  unsigned v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-  return v;
-}
 
 // A warp's two buffers for what it writes, each the 16 rows of a chunk of columns, and which of them is next.
 template <class K> struct Outbox {
@@ -848,63 +842,52 @@ template <class K> __global__ void __launch_bounds__(K::THREADS, 1) product_kern
 
 // Row tiles of so many tokens take turns with the weights that go by: what a wave of blocks reads fits L2.
 constexpr int GROUP_TOKENS = 4096;
-constexpr int MAX_DEVICES = 64;
 
 // Blocks that the device runs at once, in whole clusters; asked for once.
 template <class K, auto KERNEL> int resident_blocks(int *blocks) {
-  static std::atomic<int> known[MAX_DEVICES];
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess)
-    return error;
-  if (device >= MAX_DEVICES)
-    return FUSED_MLP_UNSUPPORTED;
-  *blocks = known[device].load(std::memory_order_acquire);
-  if (*blocks > 0)
-    return FUSED_MLP_OK;
-  error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, K::TOTAL_BYTES);
-  if (error != cudaSuccess)
-    return error;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {K::CLUSTER, 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(K::CLUSTER);
-  config.blockDim = dim3(K::THREADS);
-  config.dynamicSmemBytes = K::TOTAL_BYTES;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  int clusters = 0;
-  error = cudaOccupancyMaxActiveClusters(&clusters, KERNEL, &config);
-  if (error != cudaSuccess)
-    return error;
-  if (clusters == 0)
-    return FUSED_MLP_UNSUPPORTED;
-  *blocks = clusters * K::CLUSTER;
-  known[device].store(*blocks, std::memory_order_release);
-  return FUSED_MLP_OK;
+  static PerDevice<int> known;
+  return known.get(blocks, [](int, int *found) -> int {
+    cudaError_t error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, K::TOTAL_BYTES);
+    if (error != cudaSuccess)
+      return error;
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {K::CLUSTER, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(K::CLUSTER);
+    config.blockDim = dim3(K::THREADS);
+    config.dynamicSmemBytes = K::TOTAL_BYTES;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    int clusters = 0;
+    error = cudaOccupancyMaxActiveClusters(&clusters, KERNEL, &config);
+    if (error != cudaSuccess)
+      return error;
+    *found = clusters * K::CLUSTER;
+    return clusters > 0 ? FUSED_MLP_OK : FUSED_MLP_UNSUPPORTED;
+  });
 }
-
-inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 template <class K, void (*KERNEL)(Product)> int enqueue(const Operands &o, cudaStream_t stream) {
   int blocks = 0, status = resident_blocks<K, KERNEL>(&blocks);
   Product p;
-  const int box_columns = K::COLUMNS / K::BOXES;
+  const int box_columns = K::COLUMNS / K::BOXES, last_rows = o.tokens % K::ROWS == 0 ? 1 : o.tokens % K::ROWS;
+  const BoxKey rows = {o.rows, o.tokens, o.depth, o.rows_stride, o.dtype, K::ROWS / K::PEERS, SWIZZLE_BYTES};
+  const BoxKey weights = {o.weights, o.columns, o.depth, o.weights_stride, o.dtype, box_columns, SWIZZLE_BYTES};
   if (status == FUSED_MLP_OK)
-    status = encode_tensor_map(&p.rows, o.dtype, o.rows, o.tokens, o.depth, o.rows_stride, K::ROWS / K::PEERS);
+    status = box_map(&p.rows, rows);
   if (status == FUSED_MLP_OK)
-    status = encode_tensor_map(&p.last_rows, o.dtype, o.rows, o.tokens, o.depth, o.rows_stride,
-                               o.tokens % K::ROWS == 0 ? 1 : o.tokens % K::ROWS);
+    status = box_map(&p.last_rows, {o.rows, o.tokens, o.depth, o.rows_stride, o.dtype, last_rows, SWIZZLE_BYTES});
   if (status == FUSED_MLP_OK)
-    status = encode_tensor_map(&p.weights, o.dtype, o.weights, o.columns, o.depth, o.weights_stride, box_columns);
-  if (status == FUSED_MLP_OK)
-    status = encode_tensor_map(&p.up, o.dtype, K::GATED ? o.up : o.weights, o.columns, o.depth,
-                               K::GATED ? o.up_stride : o.weights_stride, box_columns);
+    status = box_map(&p.weights, weights);
+  if (status == FUSED_MLP_OK && K::GATED)
+    status = box_map(&p.up, {o.up, o.columns, o.depth, o.up_stride, o.dtype, box_columns, SWIZZLE_BYTES});
   if (status == FUSED_MLP_OK && K::CHUNK > 0)
-    status = encode_tensor_map(&p.out, o.dtype, o.out, o.tokens, o.columns, o.out_stride, K::OUT_BOX_ROWS, K::OUT_BOX_BYTES);
+    status = box_map(&p.out, {o.out, o.tokens, o.columns, o.out_stride, o.dtype, K::OUT_BOX_ROWS, K::OUT_BOX_BYTES});
   if (status != FUSED_MLP_OK)
     return status;
+  if (!K::GATED)
+    p.up = p.weights;
   p.out_rows = o.out;
   p.out_stride = o.out_stride;
   p.clear = static_cast<unsigned *>(o.clear);
@@ -914,9 +897,9 @@ template <class K, void (*KERNEL)(Product)> int enqueue(const Operands &o, cudaS
   p.bias_up = o.bias_up;
   p.tokens = o.tokens;
   p.columns = o.columns;
-  p.stages = ceil_div(o.depth, K::DEPTH);
-  p.row_tiles = ceil_div(o.tokens, K::ROWS * K::SHARE);
-  p.column_tiles = ceil_div(o.columns, K::OUT_COLUMNS * K::PEERS);
+  p.stages = divide_up(o.depth, K::DEPTH);
+  p.row_tiles = divide_up(o.tokens, K::ROWS * K::SHARE);
+  p.column_tiles = divide_up(o.columns, K::OUT_COLUMNS * K::PEERS);
   p.group = GROUP_TOKENS / (K::ROWS * K::SHARE);
   p.weights_early = o.weights_early;
   p.finish = o.finish;

@@ -7,6 +7,7 @@
 #pragma once
 #include "element.cuh"
 #include "fused_mlp.h"
+#include "host.cuh"
 #include <cudaTypedefs.h>
 #include <cuda_runtime.h>
 
@@ -363,6 +364,30 @@ inline int encode_tensor_map(CUtensorMap *map, int dtype, const void *matrix, lo
                                : CU_TENSOR_MAP_SWIZZLE_32B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? FUSED_MLP_OK : FUSED_MLP_UNSUPPORTED;
+}
+
+// What encode_tensor_map is given.
+struct BoxKey {
+  const void *matrix;
+  long long rows, columns, stride;
+  int dtype, box_rows, box_bytes;
+  bool operator==(const BoxKey &o) const {
+    return matrix == o.matrix && rows == o.rows && columns == o.columns && stride == o.stride && dtype == o.dtype &&
+           box_rows == o.box_rows && box_bytes == o.box_bytes;
+  }
+};
+
+// Tensors lie on multiples of 256 bytes at least, most of them far apart; of one there are some maps.
+inline unsigned long long map_hash(const void *matrix, int box_rows, int box_columns) {
+  return reinterpret_cast<unsigned long long>(matrix) >> 4 ^ static_cast<unsigned long long>(box_columns * 31 + box_rows) << 40;
+}
+
+// encode_tensor_map, remembered: a map is a function of its key alone, and a model asks for the same ones in every step.
+inline int box_map(CUtensorMap *map, const BoxKey &key) {
+  static thread_local Memory<BoxKey, CUtensorMap, 10> memory;
+  return memory.get(key, map_hash(key.matrix, key.box_rows, key.box_bytes), map, [&](CUtensorMap *found) {
+    return encode_tensor_map(found, key.dtype, key.matrix, key.rows, key.columns, key.stride, key.box_rows, key.box_bytes);
+  });
 }
 
 constexpr int MOST_BOX_CHUNKS = 256;

@@ -37,9 +37,9 @@ pub enum Kernel {
     /// of bf16 and f16 and small models whose weights fit there.
     DecodeResident,
     /// Both layers in one launch, tokens as the rows of the tensor cores' products; on sm_90, for some dozens of tokens of bf16
-    /// and f16 (up to 128 in a launch), where all rows lie on 16 bytes and are whole pieces of 128 bytes. Up to 64 tokens a row has
-    /// the bits that [`DecodeHopper`](Self::DecodeHopper) gives it; it is chosen from 33 on, for outputs of at most 32 columns per
-    /// multiprocessor. At 65 to 128 tokens, with the activations of [`Gemm`](Self::Gemm), it is chosen for some models.
+    /// and f16, where all rows lie on 16 bytes and are whole pieces of 128 bytes. A row has the bits that
+    /// [`DecodeHopper`](Self::DecodeHopper) gives it; it is chosen from 33 tokens on, for outputs of at most 32 columns per
+    /// multiprocessor.
     DecodeWide,
     /// Both layers in one launch, weights by tensor copies to the tensor cores; on sm_90, for bf16, f16 and f32 where all rows
     /// lie on 16 bytes and are whole pieces of 128 bytes. In f32 each product is three of parts of 11 bits, as accurate as f32's own.
@@ -115,11 +115,10 @@ impl Kernel {
         f()
     }
 
-    /// How many launches it takes, and how often it reads the weights: a decode kernel takes up to 64 tokens at a time, or 128.
+    /// How many launches it takes, and how often it reads the weights: a decode kernel takes up to 64 tokens at a time.
     pub(crate) fn passes(self, tokens: usize) -> usize {
         match self {
             Self::Gemm | Self::GemmAmpere | Self::Matmul => 1,
-            Self::DecodeWide => tokens.div_ceil(128),
             _ => tokens.div_ceil(64),
         }
     }
@@ -150,10 +149,6 @@ impl fmt::Display for Kernel {
 struct Facts {
     /// The best path that the device, the dtype and the alignment allow.
     path: i32,
-    /// Whether [`Kernel::Gemm`] takes it.
-    gemm: bool,
-    /// Whether [`Kernel::GemmAmpere`] takes it, and [`Kernel::Gemm`] does not.
-    gemm_ampere: bool,
     dtype: DType,
     gated: bool,
     tokens: usize,
@@ -162,26 +157,32 @@ struct Facts {
 }
 
 /// Which kernel runs where weights' rows are contiguous: the one place where that is decided, by what was measured
-/// (`PERFORMANCE.md`). Other weights go to [`Kernel::Matmul`].
-fn choose(facts: &Facts) -> Kernel {
-    let &Facts { path, gemm, gemm_ampere, dtype, gated, tokens, weights } = facts;
+/// (`PERFORMANCE.md`). Other weights go to [`Kernel::Matmul`]. `takes` says whether [`Kernel::Gemm`] or [`Kernel::GemmAmpere`]
+/// takes them.
+///
+/// # Errors
+/// Those of `takes`.
+fn choose(facts: &Facts, takes: impl Fn(Kernel) -> Result<bool>) -> Result<Kernel> {
+    let &Facts { path, dtype, gated, tokens, weights } = facts;
     if weights == 0 {
         // candle's product has no rule for sums of nothing.
-        return Kernel::DecodePortable;
+        return Ok(Kernel::DecodePortable);
     }
     if let Some(kernel) = FORCED.get() {
-        return kernel;
+        return Ok(kernel);
     }
     const MILLION: usize = 1_000_000;
-    let most_tokens = match (dtype, weights / MILLION) {
-        (DType::F32, 0..4) if !gemm => 64,
-        (DType::F32, 96..) if tokens == 1 => 0,
-        (DType::F32, _) => 16,
-        (_, 0..8) => 64,
-        (_, 8..20) => 32,
-        (_, 20..96) => 16,
-        (_, 96..256) => 2,
-        (_, 256..) => 1,
+    let most_tokens = || -> Result<usize> {
+        Ok(match (dtype, weights / MILLION) {
+            (DType::F32, 0..4) if !takes(Kernel::Gemm)? => 64,
+            (DType::F32, 96..) if tokens == 1 => 0,
+            (DType::F32, _) => 16,
+            (_, 0..8) => 64,
+            (_, 8..20) => 32,
+            (_, 20..96) => 16,
+            (_, 96..256) => 2,
+            (_, 256..) => 1,
+        })
     };
     // Where the last of few waves of tiles would be half empty.
     let wide = weights / MILLION;
@@ -200,18 +201,18 @@ fn choose(facts: &Facts) -> Kernel {
             (true, 8..96) => tokens <= 128,
             _ => false,
         };
-    match path {
+    Ok(match path {
         ffi::PATH_CLUSTER if tokens <= 64 => Kernel::DecodeCluster,
         ffi::PATH_RESIDENT => Kernel::DecodeResident,
         // Chosen only where it is faster than the others.
         ffi::PATH_WIDE => Kernel::DecodeWide,
         ffi::PATH_HOPPER if tokens <= 64 => Kernel::DecodeHopper,
-        ffi::PATH_DIRECT_DEPENDENT if tokens <= most_tokens => Kernel::DecodeDependent,
-        ffi::PATH_DIRECT if tokens <= most_tokens => Kernel::Decode,
-        _ if gemm && !matmul_is_faster => Kernel::Gemm,
-        _ if gemm_ampere && ampere_is_no_slower => Kernel::GemmAmpere,
+        ffi::PATH_DIRECT_DEPENDENT if tokens <= most_tokens()? => Kernel::DecodeDependent,
+        ffi::PATH_DIRECT if tokens <= most_tokens()? => Kernel::Decode,
+        _ if !matmul_is_faster && takes(Kernel::Gemm)? => Kernel::Gemm,
+        _ if ampere_is_no_slower && takes(Kernel::GemmAmpere)? => Kernel::GemmAmpere,
         _ => Kernel::Matmul,
-    }
+    })
 }
 
 /// A dtype that the ops take.
@@ -252,11 +253,8 @@ fn chosen(op: &str, args: &ffi::DecodeArgs, dtype: DType, stream: &CudaStream) -
         0 => 0,
         _ => intermediate_size.saturating_mul(projections * hidden_size + out_features),
     };
-    let gemm = ffi::gemm_takes(op, args, stream)?;
-    let gemm_ampere =
-        !gemm && ffi::gemm_takes(op, &ffi::DecodeArgs { path: Kernel::GemmAmpere.path(), ..*args }, stream)?;
-    let tokens = args.tokens as usize;
-    Ok(choose(&Facts { path, gemm, gemm_ampere, dtype, gated: args.gated != 0, tokens, weights }))
+    let facts = Facts { path, dtype, gated: args.gated != 0, tokens: args.tokens as usize, weights };
+    choose(&facts, |kernel| ffi::gemm_takes(op, &ffi::DecodeArgs { path: kernel.path(), ..*args }, stream))
 }
 
 /// The kernel that [`forward`] takes on a GPU where x and all weights are contiguous and lie on 16 bytes, or where the
