@@ -1,13 +1,12 @@
-//! What only a GPU can get wrong: every kernel against f64, rows' independence, streams, threads, graphs.
+//! What only a GPU can get wrong: every kernel against f64, rows' independence, streams, threads.
 #![cfg(feature = "cuda")]
 
 mod common;
 
-use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use candle_core::{DType, Device, DeviceLocation, Module, Result, Tensor, Var};
 use candle_fused_mlp::cuda::Kernel;
 use candle_fused_mlp::ops::{fused_mlp, fused_swiglu};
-use candle_fused_mlp::{plan, Activation, FusedSwiGlu, GateUp, PackedOrder, Workload};
+use candle_fused_mlp::{plan, Activation, GateUp, PackedOrder, Workload};
 use candle_nn::Linear;
 use common::*;
 
@@ -60,28 +59,6 @@ const GEMMS: [Kernel; 2] = [Kernel::Gemm, Kernel::GemmAmpere];
 /// The activations that they have.
 const GEMM: [Activation; 5] =
     [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::QuickGelu, Activation::Relu];
-
-fn gated(
-    random: &mut Random,
-    (hidden, intermediate): (usize, usize),
-    dtype: DType,
-    device: &Device,
-) -> Result<FusedSwiGlu> {
-    let gate = random.linear((intermediate, hidden), true, dtype, device)?;
-    let up = random.linear((intermediate, hidden), false, dtype, device)?;
-    let down = random.linear((hidden, intermediate), true, dtype, device)?;
-    FusedSwiGlu::from_linears(&gate, &up, &down)
-}
-
-fn exact(module: &FusedSwiGlu, xs: &Tensor) -> Result<Tensor> {
-    exact_swiglu(xs, module.gate_up(), module.down(), module.activation())
-}
-
-fn assert_near(found: &Tensor, exact: &Tensor, what: &str) -> Result<()> {
-    let (error, dtype) = (relative_error(found, exact)?, found.dtype());
-    assert!(error <= tolerance(dtype), "{what} {dtype:?}: {error:e}");
-    Ok(())
-}
 
 /// Each kernel, also those that another GPU would choose.
 #[test]
@@ -344,78 +321,6 @@ fn two_streams_at_once() -> Result<()> {
         results.into_iter().collect::<Result<()>>()?;
     }
     Ok(())
-}
-
-/// A device whose stream can be captured: candle's events between streams cannot.
-fn capturable() -> Result<Device> {
-    let device = Device::new_cuda_with_stream(0)?;
-    // SAFETY: the test that asks for this device uses it on one thread and one stream.
-    unsafe { device.as_cuda_device()?.disable_event_tracking() };
-    Ok(device)
-}
-
-const THREAD_LOCAL: CUstreamCaptureMode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-const AUTO_FREE: CUgraphInstantiate_flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-
-#[test]
-fn graphs_replay() -> Result<()> {
-    let device = &capturable()?;
-    let stream = device.as_cuda_device()?.cuda_stream();
-    for (dtype, kernel, tokens) in [
-        (DType::BF16, Kernel::DecodeCluster, 1),
-        (DType::F32, Kernel::DecodeCluster, 7),
-        (DType::BF16, Kernel::DecodeResident, 1),
-        (DType::F16, Kernel::DecodeResident, 8),
-        (DType::BF16, Kernel::DecodeHopper, 1),
-        (DType::F16, Kernel::DecodeHopper, 64),
-        (DType::BF16, Kernel::DecodeWide, 64),
-        (DType::F16, Kernel::DecodeWide, 100),
-        (DType::F32, Kernel::DecodeHopper, 5),
-        (DType::BF16, Kernel::DecodeDependent, 1),
-        (DType::BF16, Kernel::Decode, 16),
-        (DType::F32, Kernel::DecodeDependent, 5),
-        (DType::F64, Kernel::DecodePortable, 3),
-        (DType::BF16, Kernel::Gemm, 200),
-        (DType::F32, Kernel::Gemm, 200),
-        (DType::F16, Kernel::GemmAmpere, 200),
-    ] {
-        let random = &mut Random::new(6);
-        let sizes = if kernel == Kernel::DecodeCluster { (64, 172) } else { (576, 1536) };
-        let layers: Vec<_> = (0..3).map(|_| gated(random, sizes, dtype, device)).collect::<Result<_>>()?;
-        let model = |xs: &Tensor| kernel.with(|| layers.iter().try_fold(xs.clone(), |xs, layer| layer.forward(&xs)));
-        let xs = random.normal(&[tokens, sizes.0], 1., dtype, device)?;
-        let out = xs.zeros_like()?;
-        model(&xs)?;
-        stream.begin_capture(THREAD_LOCAL).map_err(candle_core::Error::wrap)?;
-        let captured = model(&xs).and_then(|ys| out.slice_set(&ys, 0, 0));
-        let graph = stream.end_capture(AUTO_FREE).map_err(candle_core::Error::wrap)?.expect("a graph");
-        captured?;
-        for _ in 0..3 {
-            let fresh = random.normal(&[tokens, sizes.0], 1., dtype, device)?;
-            let expected = values(&model(&fresh)?)?;
-            xs.slice_set(&fresh, 0, 0)?;
-            for _ in 0..1000 {
-                graph.launch().map_err(candle_core::Error::wrap)?;
-            }
-            assert_eq!(values(&out)?, expected, "{kernel} {dtype:?}");
-        }
-    }
-    Ok(())
-}
-
-#[test]
-fn a_first_call_cannot_be_captured() -> Result<()> {
-    let device = &capturable()?;
-    let stream = device.as_cuda_device()?.cuda_stream();
-    let random = &mut Random::new(7);
-    let module = gated(random, (64, 192), DType::F32, device)?;
-    let xs = random.normal(&[1, 64], 1., DType::F32, device)?;
-    stream.begin_capture(THREAD_LOCAL).map_err(candle_core::Error::wrap)?;
-    let captured = module.forward(&xs).map(|ys| ys.dims().to_vec());
-    stream.end_capture(AUTO_FREE).map_err(candle_core::Error::wrap)?;
-    let error = captured.unwrap_err().to_string();
-    assert!(error.contains("before the capture of a CUDA graph"), "{error}");
-    assert_near(&module.forward(&xs)?, &exact(&module, &xs)?, "after the capture")
 }
 
 #[test]

@@ -8,9 +8,6 @@
 #[allow(dead_code)]
 mod checkpoint;
 mod common;
-#[cfg(feature = "cuda")]
-#[path = "../examples/llama/graph.rs"]
-mod graph;
 #[path = "../benches/support/mod.rs"]
 mod measuring;
 #[path = "../examples/llama/model.rs"]
@@ -18,9 +15,8 @@ mod measuring;
 mod model;
 #[path = "../examples/shared/mod.rs"]
 mod shared;
-#[path = "../examples/llama/text.rs"]
-#[allow(dead_code)]
-mod text;
+#[path = "llama/stories.rs"]
+mod stories;
 #[path = "../examples/llama/tokenizer.rs"]
 mod tokenizer;
 
@@ -36,8 +32,7 @@ use model::{Config, Llama, MlpPath};
 use serde_json::{json, Value};
 use std::collections::HashMap;
 use std::fs;
-
-const PATHS: [MlpPath; 2] = [MlpPath::Fused, MlpPath::Unfused];
+use stories::{apart, stories, PATHS};
 
 /// The likeliest tokens after the prompt, and the logits that each was chosen by.
 fn greedy(model: &Llama, prompt: &[u32], tokens: usize) -> Result<(Vec<u32>, Vec<Vec<f32>>)> {
@@ -49,23 +44,6 @@ fn greedy(model: &Llama, prompt: &[u32], tokens: usize) -> Result<(Vec<u32>, Vec
         all.push(logits.to_vec1()?);
     }
     Ok((ids, all))
-}
-
-/// The largest difference of two rows of logits; infinite if one is no number.
-fn apart(a: &[f32], b: &[f32]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let differences = a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs()));
-    differences.fold(0., |largest, value| if value.is_nan() { f64::INFINITY } else { largest.max(value) })
-}
-
-fn stories(dtype: DType, device: &Device) -> Result<Option<(Checkpoint, Llama, Value)>> {
-    let Some(folder) = file_of("FUSED_MLP_SHARED", "the folder with models/stories260k") else {
-        return Ok(None);
-    };
-    let folder = folder.join("models/stories260k");
-    let checkpoint = Checkpoint::folder(&folder, dtype, device)?;
-    let model = Llama::load(&checkpoint.config, MlpPath::Fused, checkpoint.vb.clone())?;
-    Ok(Some((checkpoint, model, serde_json::from_str(&fs::read_to_string(folder.join("golden.json"))?)?)))
 }
 
 /// All golden tokens in f32; in f16 and bf16 logits near those of f32, and where the first token differs.
@@ -102,45 +80,6 @@ fn stories260k_tokens(device: &Device) -> Result<()> {
     Ok(())
 }
 test_device!(stories260k_tokens, stories260k_tokens_cpu, stories260k_tokens_gpu, stories260k_tokens_metal);
-
-/// Every token by a CUDA graph: the same as by launches, in texts one after the other, and no token more than there is room for.
-#[cfg(feature = "cuda")]
-#[test]
-fn graphs_write_the_same_text() -> Result<()> {
-    let device = &shared::cli::Place::Cuda(0).open_to_capture()?;
-    for dtype in [DType::F32, DType::BF16, DType::F16] {
-        let Some((_, model, golden)) = stories(dtype, device)? else { return Ok(()) };
-        let expected: Vec<u32> = serde_json::from_value(golden["greedy_ids"].clone())?;
-        for path in PATHS {
-            let model = model.with_mlp(path);
-            let prompt = [golden["bos"].as_u64().unwrap() as u32];
-            let room = expected.len();
-            let mut text = text::open(&model, room, true)?;
-            for prompt in [&expected[..5], &prompt, &prompt] {
-                let mut logits = text.begin(prompt)?;
-                let mut state = model.state(room)?;
-                let mut launched = model.next(prompt, &mut state)?;
-                let mut ids: Vec<u32> = Vec::new();
-                for _ in 0..room - prompt.len() {
-                    let difference = apart(&logits.to_vec1()?, &launched.to_vec1()?);
-                    let tolerance = if dtype == DType::F32 { 1e-4 } else { 1.2 };
-                    assert!(difference <= tolerance, "{dtype:?} {path:?}, token {}: {difference}", ids.len());
-                    let id = logits.argmax(D::Minus1)?.to_scalar()?;
-                    ids.push(id);
-                    (logits, launched) = (text.go_on(id)?, model.next(&[id], &mut state)?);
-                }
-                if dtype == DType::F32 && prompt.len() == 1 {
-                    assert_eq!(ids, expected[..ids.len()], "{path:?}");
-                }
-            }
-            let error = text.go_on(0).unwrap_err().to_string();
-            assert!(error.contains("expected at most 256 tokens"), "{error}");
-            let share = text.mlp_share()?.unwrap();
-            assert!(share > 0. && share < 1., "{share}");
-        }
-    }
-    Ok(())
-}
 
 /// The logits of candle-transformers' llama.rs at every position, token by token and all at once.
 fn stories260k_logits(device: &Device) -> Result<()> {

@@ -10,6 +10,9 @@
 //! Everything is enqueued on the device's own stream, nothing waits for it, and a call can be captured in a CUDA graph
 //! once a call of the same size has been made on that stream (the first one allocates the workspace). A graph is to be
 //! replayed on the stream where it was captured, or while that stream runs none of these ops: they share the workspace.
+//!
+//! Besides the output a call needs memory for the hidden rows. A stream keeps it from call to call: for few tokens what 64 rows
+//! and some counters and partial sums take, for many up to 32 MiB. More than 16 MiB are allocated for a call and freed behind it.
 
 mod ffi;
 mod workspace;
@@ -400,20 +403,28 @@ fn forward_of<E: Element>(problem: &Problem, tokens: usize) -> Result<CudaStorag
         let kernel = chosen(op, &args, xs.view().0.dtype(), &stream)?;
         if matches!(kernel, Kernel::Gemm | Kernel::GemmAmpere) {
             let args = ffi::DecodeArgs { path: kernel.path(), ..args };
-            let workspace_bytes = ffi::gemm_workspace_bytes(op, &args, &stream)?;
-            let mut hidden = allocate::<E>(device, workspace_bytes as usize / size_of::<E>())?;
+            let bytes = ffi::gemm_workspace_bytes(op, &args, &stream)?;
+            let mut large = match bytes > workspace::MOST_KEPT {
+                true => Some(allocate::<E>(device, bytes as usize / size_of::<E>())?),
+                false => None,
+            };
             let mut out = allocate::<E>(device, tokens * out_features)?;
-            let (workspace, hidden_guard) = hidden.device_ptr_mut(&stream);
+            let large = large.as_mut().map(|large| large.device_ptr_mut(&stream));
+            let (workspace, workspace_bytes) = match &large {
+                Some((at, _)) => (*at, bytes),
+                None => workspace::of(op, &stream, workspace::Use::Gemm, bytes)?,
+            };
             let (at, guard) = out.device_ptr_mut(&stream);
             let args = ffi::DecodeArgs { out: at, workspace, workspace_bytes, ..args };
             // SAFETY: every address was checked to have its rows within its storage, the hidden rows and the output have
-            // `tokens` rows; all are freed in the order of this stream.
+            // `tokens` rows; all are freed in the order of this stream; the workspace is this stream's own.
             unsafe { ffi::gemm(op, &args, &stream)? };
-            drop((hidden_guard, guard));
+            drop((large, guard));
             return Ok(CudaStorage::wrap_cuda_slice(out, device.clone()));
         }
         if kernel != Kernel::Matmul {
-            let (workspace, workspace_bytes) = workspace::of(op, &stream, ffi::workspace_bytes(&args))?;
+            let (workspace, workspace_bytes) =
+                workspace::of(op, &stream, workspace::Use::Decode, ffi::workspace_bytes(&args))?;
             let mut out = allocate::<E>(device, tokens * out_features)?;
             let (at, guard) = out.device_ptr_mut(&stream);
             let args = ffi::DecodeArgs { out: at, workspace, workspace_bytes, path: kernel.path(), ..args };

@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_fused_mlp::cpu::Tier;
-use candle_fused_mlp::{reference, Activation, GateUp, PackedOrder};
+use candle_fused_mlp::{reference, Activation, FusedSwiGlu, GateUp, PackedOrder};
 use candle_nn::Linear;
 use rand::{rngs::StdRng, Rng, SeedableRng};
 use rand_distr::{Distribution, StandardNormal};
@@ -162,4 +162,29 @@ pub fn file_of(variable: &str, what: &str) -> Option<PathBuf> {
         std::io::stderr().write_all(line.as_bytes()).unwrap();
     }
     path.map(PathBuf::from)
+}
+
+/// A gated MLP with a bias of the gate and of down.
+pub fn gated(
+    random: &mut Random,
+    (hidden, intermediate): (usize, usize),
+    dtype: DType,
+    device: &Device,
+) -> Result<FusedSwiGlu> {
+    let gate = random.linear((intermediate, hidden), true, dtype, device)?;
+    let up = random.linear((intermediate, hidden), false, dtype, device)?;
+    let down = random.linear((hidden, intermediate), true, dtype, device)?;
+    FusedSwiGlu::from_linears(&gate, &up, &down)
+}
+
+/// Its output in f64.
+pub fn exact(module: &FusedSwiGlu, xs: &Tensor) -> Result<Tensor> {
+    exact_swiglu(xs, module.gate_up(), module.down(), module.activation())
+}
+
+/// An error within the dtype's.
+pub fn assert_near(found: &Tensor, exact: &Tensor, what: &str) -> Result<()> {
+    let (error, dtype) = (relative_error(found, exact)?, found.dtype());
+    assert!(error <= tolerance(dtype), "{what} {dtype:?}: {error:e}");
+    Ok(())
 }
