@@ -3,7 +3,7 @@
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -I. -o harness/gemm harness/gemm.cu gemm.cu gemm_hopper_bf16.cu
 //     gemm_hopper_f16.cu gemm_hopper_f32.cu gemm_ampere.cu gemm_ampere_bf16.cu gemm_ampere_f16.cu elementwise.cu -lcublas
 //
-//   gemm check [quick] [ampere]
+//   gemm check [quick] [ampere] [bf16] [f16] [f32]
 //                       every tile against f64, poisoned outputs, twice the same bits, and those of a row also elsewhere;
 //                       with `ampere` the tiles of gemm_ampere.cuh, in bf16 and f16
 //   gemm accuracy       a product in f32 beside SGEMM, errors against f64, random and badly scaled inputs
@@ -590,9 +590,10 @@ int main(int argc, char **argv) {
     const auto has = [&](const char *word) {
       return std::any_of(argv + 2, argv + argc, [&](const char *a) { return !std::strcmp(a, word); });
     };
-    const bool quick = has("quick");
-    return has("ampere") ? check<B>(quick, true) + check<__half>(quick, true)
-                         : check<B>(quick, false) + check<__half>(quick, false) + check<float>(quick, false);
+    const bool quick = has("quick"), ampere = has("ampere"), all = !has("bf16") && !has("f16") && !has("f32");
+    int failed = all || has("bf16") ? check<B>(quick, ampere) : 0;
+    failed += all || has("f16") ? check<__half>(quick, ampere) : 0;
+    return failed + (!ampere && (all || has("f32")) ? check<float>(quick, false) : 0);
   }
   if (mode == "accuracy")
     return accuracy();
@@ -605,6 +606,6 @@ int main(int argc, char **argv) {
                                                             !std::strcmp(argv[2], "ampere"));
     return 0;
   }
-  std::printf("usage: gemm check [quick] [ampere] | accuracy | sweep|chosen bf16|f32|ampere SHAPE|all WINDOW_US TOKENS...\n");
+  std::printf("usage: gemm check [quick] [ampere] [bf16] [f16] [f32] | accuracy | sweep|chosen bf16|f32|ampere SHAPE|all WINDOW_US TOKENS...\n");
   return 2;
 }
