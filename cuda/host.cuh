@@ -35,10 +35,13 @@ public:
     Entry &entry = entries[device];
     if (!entry.ready.load(std::memory_order_acquire)) {
       const std::lock_guard<std::mutex> lock(mutex);
-      const int status = look_up(device, &entry.value);
-      if (status != FUSED_MLP_OK)
-        return status;
-      entry.ready.store(true, std::memory_order_release);
+      // Another thread may have found it meanwhile, and others read it already.
+      if (!entry.ready.load(std::memory_order_relaxed)) {
+        const int status = look_up(device, &entry.value);
+        if (status != FUSED_MLP_OK)
+          return status;
+        entry.ready.store(true, std::memory_order_release);
+      }
     }
     *value = entry.value;
     return FUSED_MLP_OK;
