@@ -114,6 +114,13 @@ fn one_line_and_exit_code_2_for_wrong_input() {
         fails(&["--device", "cuda:1"], &["cuda:1", "built without CUDA"]);
     }
     let bytes = fs::read(&file).unwrap();
+    let weights = candle_core::safetensors::load(&file, &candle_core::Device::Cpu).unwrap();
+    let integers = weights.into_iter().map(|(name, tensor)| match name.contains("0.mlp.down_proj") {
+        true => (name, tensor.to_dtype(candle_core::DType::U32).unwrap()),
+        false => (name, tensor),
+    });
+    candle_core::safetensors::save(&integers.collect(), &file).unwrap();
+    fails(&["--weights", path, "--layer", "0"], &["layers.0.mlp.down_proj.weight", "expected floating-point", "U32"]);
     for len in [0, 5, 100, bytes.len() - 1] {
         fs::write(&file, &bytes[..len]).unwrap();
         fails(&["--weights", path], &["model.safetensors", "not a whole safetensors file"]);

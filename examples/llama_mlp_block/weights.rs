@@ -71,6 +71,10 @@ impl Weights {
         let shape = |name: &str| -> Result<[usize; 2]> {
             let name = format!("{prefix}.{name}.weight");
             let view = tensors.get(&name).map_err(|_| anyhow!("{}: expected a tensor {name}", files[0].display()))?;
+            // A builder would take integers, a quantised checkpoint's, for numbers.
+            if !DType::try_from(view.dtype()).is_ok_and(|dtype| dtype.is_float()) {
+                bail!("{name}: expected floating-point weights, found {:?}", view.dtype());
+            }
             let dims = view.shape();
             dims.try_into().map_err(|_| anyhow!("{name}: expected a matrix, found shape {dims:?}"))
         };
