@@ -1,6 +1,5 @@
 // The decode kernels' C interface: checks arguments, lays out the workspace, chooses the kernel.
 #include "decode_kernels.cuh"
-#include "host.cuh"
 
 namespace fused_mlp {
 namespace {

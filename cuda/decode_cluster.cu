@@ -166,8 +166,8 @@ template <typename T> int launch(const Shape &shape, int dtype, cudaStream_t str
   const bool one = shape.tokens == 1;
   const int clusters = (shape.tokens + TOKENS - 1) / TOKENS;
   const long long bytes = shared_bytes(one ? 1 : TOKENS, shape.hidden_size, shape.intermediate_size, dtype);
-  return launch_decode(one ? decode_cluster_kernel<T, 1> : decode_cluster_kernel<T, TOKENS>, BLOCKS * clusters, THREADS,
-                       static_cast<int>(bytes), true, stream, shape);
+  return launch_kernel(one ? decode_cluster_kernel<T, 1> : decode_cluster_kernel<T, TOKENS>,
+                       {BLOCKS * clusters, THREADS, static_cast<int>(bytes), true}, stream, shape);
 }
 
 } // namespace

@@ -23,7 +23,6 @@
 // after the one before it, and launches of one stream form a chain. A block says that the next launch may be scheduled
 // only after its own wait, when all blocks of this launch but late ones are resident already.
 #include "decode_kernels.cuh"
-#include "host.cuh"
 
 namespace fused_mlp {
 namespace {
@@ -642,7 +641,7 @@ int launch_decode_direct(const Shape &shape, int dtype, const DeviceFacts &devic
   const int second_bytes = plan.second.segments * plan.token_rows * plan.second.window_chunks * CHUNK_BYTES;
   plan.window_bytes = first_bytes > second_bytes ? first_bytes : second_bytes;
 
-  return launch_decode(variant.kernel, blocks, THREADS, 2 * plan.window_bytes + sum_bytes, programmatic, stream, shape, plan);
+  return launch_kernel(variant.kernel, {blocks, THREADS, 2 * plan.window_bytes + sum_bytes, programmatic}, stream, shape, plan);
 }
 
 } // namespace fused_mlp

@@ -1,6 +1,7 @@
 // What the chooser (decode.cu) knows of the kernel families.
 #pragma once
 #include "decode_common.cuh"
+#include "host.cuh"
 
 namespace fused_mlp {
 
@@ -11,23 +12,6 @@ struct DeviceFacts {
   int compute_capability;     // 90 for 9.0, or less: what this library's code was compiled for
   bool hopper;                // whether the code for sm_90a is there and runs here
 };
-
-// Launches a decode kernel; `programmatic` ones may begin while the kernel before ends.
-template <typename... Arguments>
-int launch_decode(void (*kernel)(Arguments...), int blocks, int threads, int shared_bytes, bool programmatic,
-                  cudaStream_t stream, const Arguments &...arguments) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = programmatic ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
 
 // 1 to 64 tokens of bf16, f16 or f32; every row and x must lie on 16 bytes. `programmatic` asks for dependent launch.
 int launch_decode_direct(const Shape &shape, int dtype, const DeviceFacts &device, bool programmatic,

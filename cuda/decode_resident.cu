@@ -390,7 +390,7 @@ int launch_decode_resident(const Shape &shape, int dtype, const DeviceFacts &dev
   if (status != FUSED_MLP_OK)
     return status;
 
-  return launch_decode(kernel_of(dtype), blocks, THREADS, bytes, true, stream, shape, plan, maps);
+  return launch_kernel(kernel_of(dtype), {blocks, THREADS, bytes, true}, stream, shape, plan, maps);
 }
 
 } // namespace fused_mlp

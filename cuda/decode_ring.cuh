@@ -413,7 +413,7 @@ inline int launch_ring(RingKernel kernel, int threads, const Shape &shape, int d
   if (!shape.gated)
     maps.up = maps.gate;
 
-  return launch_decode(kernel, blocks, threads, plan.slots * plan.slot_bytes + after_ring, true, stream, shape, plan, maps);
+  return launch_kernel(kernel, {blocks, threads, plan.slots * plan.slot_bytes + after_ring, true}, stream, shape, plan, maps);
 }
 
 // The kernel of decode_hopper_f32.cu for so many tokens, and its launcher.

@@ -508,19 +508,8 @@ template <class R> int enqueue_wide(const Shape &shape, int dtype, cudaStream_t 
   args.activation_param = static_cast<float>(shape.activation_param);
 
   const int blocks = divide_up(larger(first.tiles, second.tiles * B::SPLIT), B::SPLIT) * B::SPLIT;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {R::CLUSTER, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks < resident ? blocks : resident);
-  config.blockDim = dim3(R::THREADS);
-  config.dynamicSmemBytes = R::TOTAL_BYTES;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, wide_kernel<R>, args);
+  const int launched = blocks < resident ? blocks : resident;
+  return launch_kernel(wide_kernel<R>, {launched, R::THREADS, R::TOTAL_BYTES, true, R::CLUSTER}, stream, args);
 }
 
 template <typename T, bool GATED, int COLUMNS, int CHUNKS, int SECOND_COLUMNS, int SPLIT, int HELD, int SECOND_CHUNKS>

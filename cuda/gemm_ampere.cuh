@@ -462,17 +462,7 @@ template <class K, int SPLIT> int enqueue(const Operands &o, cudaStream_t stream
   p.slope = o.slope;
 
   const int items = p.row_tiles * p.column_tiles * p.split;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks < items ? blocks : items);
-  config.blockDim = dim3(K::THREADS);
-  config.dynamicSmemBytes = K::TOTAL_BYTES;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
-  return cudaLaunchKernelEx(&config, product_kernel<K>, p);
+  return launch_kernel(product_kernel<K>, {blocks < items ? blocks : items, K::THREADS, K::TOTAL_BYTES, dependent}, stream, p);
 }
 
 template <class K, int SPLIT = 1> constexpr Variant variant() {

@@ -906,20 +906,9 @@ template <class K, void (*KERNEL)(Product)> int enqueue(const Operands &o, cudaS
   p.slope = o.slope;
 
   const int tiles = p.row_tiles * p.column_tiles * K::CLUSTER * K::LINKS;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {K::CLUSTER, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
   // Blocks of a split tile do not go on to another one.
-  config.gridDim = dim3(K::SPLIT * K::LINKS == 1 && blocks < tiles ? blocks : tiles);
-  config.blockDim = dim3(K::THREADS);
-  config.dynamicSmemBytes = K::TOTAL_BYTES;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, KERNEL, p);
+  const int launched = K::SPLIT * K::LINKS == 1 && blocks < tiles ? blocks : tiles;
+  return launch_kernel(KERNEL, {launched, K::THREADS, K::TOTAL_BYTES, true, K::CLUSTER}, stream, p);
 }
 
 template <class K, void (*KERNEL)(Product)> constexpr Variant variant_of() {

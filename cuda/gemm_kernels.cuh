@@ -1,4 +1,4 @@
-// What the choosers (gemm.cu, decode_wide.cu) know of the products' kernels.
+// What the choosers (gemm.cu, gemm_ampere.cu) know of the products' kernels.
 #pragma once
 #include "activation.cuh"
 #include "fused_mlp.h"

@@ -1,4 +1,4 @@
-// What launchers share: what they know of devices, and what they remember of calls.
+// What launchers share: the launch itself, what they know of devices, and what they remember of calls.
 #pragma once
 #include "fused_mlp.h"
 #include <atomic>
@@ -11,6 +11,34 @@ namespace fused_mlp {
 
 template <typename A, typename B> __host__ __device__ constexpr int divide_up(A a, B b) {
   return static_cast<int>((a + b - 1) / b);
+}
+
+struct Launch {
+  int blocks, threads, shared_bytes;
+  bool programmatic; // it may begin while the kernel before ends
+  int cluster = 0;   // blocks of one, for a kernel that runs in clusters
+};
+
+template <typename... Arguments>
+int launch_kernel(void (*kernel)(Arguments...), const Launch &launch, cudaStream_t stream, const Arguments &...arguments) {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(launch.blocks);
+  config.blockDim = dim3(launch.threads);
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (launch.cluster > 0) {
+    cudaLaunchAttribute &attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+  }
+  if (launch.programmatic) {
+    cudaLaunchAttribute &attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // What is known of each device.

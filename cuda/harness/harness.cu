@@ -12,8 +12,8 @@
 //   harness turns PATH PATH [DTYPE [TOKENS...]]   two paths by turns on the same stacks
 //   harness host            the host's part of one call, and of launching a kernel that does nothing
 #include "activation.cuh"
-#include "decode_kernels.cuh"
 #include "fused_mlp.h"
+#include "host.cuh"
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -970,7 +970,7 @@ int run_host() {
     return median(times);
   };
   const Arguments arguments = {};
-  const double nothing = time([&] { STATUS_OK(fused_mlp::launch_decode(do_nothing, 132, 384, 0, true, stream, arguments)); });
+  const double nothing = time([&] { STATUS_OK(fused_mlp::launch_kernel(do_nothing, {132, 384, 0, true}, stream, arguments)); });
   const double call = time([&] { STATUS_OK(fused_mlp_decode(&p.args, stream)); });
   std::printf("host: %.2f us a call, %.2f a launch of nothing (medians of 200 loops of 100)\n", call, nothing);
   return 0;

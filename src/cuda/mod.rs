@@ -174,9 +174,9 @@ fn choose(facts: &Facts, takes: impl Fn(Kernel) -> Result<bool>) -> Result<Kerne
     if let Some(kernel) = FORCED.get() {
         return Ok(kernel);
     }
-    const MILLION: usize = 1_000_000;
+    let millions = weights / 1_000_000;
     let most_tokens = || -> Result<usize> {
-        Ok(match (dtype, weights / MILLION) {
+        Ok(match (dtype, millions) {
             (DType::F32, 0..4) if !takes(Kernel::Gemm)? => 64,
             (DType::F32, 96..) if tokens == 1 => 0,
             (DType::F32, _) => 16,
@@ -188,18 +188,17 @@ fn choose(facts: &Facts, takes: impl Fn(Kernel) -> Result<bool>) -> Result<Kerne
         })
     };
     // Where the last of few waves of tiles would be half empty.
-    let wide = weights / MILLION;
     let matmul_is_faster = match (dtype, tokens) {
         (DType::F32, 0..=16) => true,
-        (DType::F32, 17..=48) => (8..96).contains(&wide),
+        (DType::F32, 17..=48) => (8..96).contains(&millions),
         (DType::F32, _) => false,
-        (_, 257..=320) => wide >= 256,
+        (_, 257..=320) => millions >= 256,
         _ => false,
     };
     // Where it took no longer than candle's own ops, in ordinary calls of both on an H100. cuBLAS has instructions there that
     // these kernels and older GPUs have not, so on those there may be more such sizes: none was measured.
     let ampere_is_no_slower = tokens > 64
-        && match (gated, wide) {
+        && match (gated, millions) {
             (true, 0..8) | (false, 0..96) => true,
             (true, 8..96) => tokens <= 128,
             _ => false,
