@@ -37,48 +37,47 @@ type Gradients = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 /// Those of the candle ops.
 pub(crate) fn gradients(
     activation: Activation,
-    (xs, first, second): (&Tensor, &[Projection], &[Projection]),
+    xs: &Tensor,
+    (gate, up, down): (&Projection, Option<&Projection>, &Projection),
     (first_argument, second_argument): (&Tensor, &Tensor),
     out_gradient: &Tensor,
 ) -> Result<Gradients> {
     let keep_graph = KEEP_GRAPH.with(|keep| *keep);
     let plain = |t: &Tensor| if keep_graph { t.clone() } else { t.detach() };
     let (xs, tracks_xs) = (plain(xs), xs.track_op());
-    let linears = |projections: &[Projection], argument: &Tensor| {
-        let argument = plain(argument);
-        projections.iter().map(|p| p.map(|slot| dense(slot.tensor(&argument)?))).collect::<Result<Vec<_>>>()
-    };
-    let (first_tensors, second_tensors) = (linears(first, first_argument)?, linears(second, second_argument)?);
-    let (down, tracks_down) = (&second_tensors[0], &second[0]);
+    let tensors =
+        |projection: &Projection, argument: &Tensor| projection.map(|slot| dense(slot.tensor(&plain(argument))?));
+    let first = [gate].into_iter().chain(up).collect::<Vec<_>>();
+    let first_tensors = first.iter().map(|p| tensors(p, first_argument)).collect::<Result<Vec<_>>>()?;
+    let down_weight = tensors(down, second_argument)?.weight;
 
     let Some((&hidden_size, leading)) = xs.dims().split_last() else {
         bail!("expected x of at least one dimension, found a scalar");
     };
     let tokens = leading.iter().product::<usize>();
     let flat_xs = xs.reshape((tokens, hidden_size))?;
-    let dy = out_gradient.reshape((tokens, down.weight.dim(0)?))?;
+    let dy = out_gradient.reshape((tokens, down_weight.dim(0)?))?;
 
     let preactivations = || {
         let forward = |p: &Projection<Tensor>| Linear::new(p.weight.clone(), p.bias.clone()).forward(&flat_xs);
         first_tensors.iter().map(forward).collect::<Result<Vec<_>>>()
     };
-    if !tracks_xs && !first.iter().any(Projection::is_tracked) {
+    if !tracks_xs && !first.iter().any(|projection| projection.is_tracked()) {
         // Only the second layer's parameters are asked for, which need the hidden layer at most.
         let hidden = || {
             let preactivations = preactivations()?;
             let act = activation.unfused(&preactivations[0])?;
             preactivations.get(1).map_or(Ok(act.clone()), |up| act * up)
         };
-        let gradients = vec![projection_gradients(tracks_down, &dy, hidden)?];
-        return Ok((None, None, assemble(second_argument, second, gradients)?));
+        let gradients = vec![projection_gradients(down, &dy, hidden)?];
+        return Ok((None, None, assemble(second_argument, &[down], gradients)?));
     }
     let preactivations = preactivations()?;
-    let dh = dy.matmul(&down.weight)?;
+    let dh = dy.matmul(&down_weight)?;
     let op = HiddenGradients { activation, gated: preactivations.len() == 2 };
-    let gate = &preactivations[0];
-    let hidden = gate.apply_op3(preactivations.get(1).unwrap_or(gate), &dh, op)?;
+    let hidden = preactivations[0].apply_op3(preactivations.get(1).unwrap_or(&preactivations[0]), &dh, op)?;
 
-    let second_gradients = vec![projection_gradients(tracks_down, &dy, || hidden.get(0))?];
+    let second_gradients = vec![projection_gradients(down, &dy, || hidden.get(0))?];
     let mut dxs: Option<Tensor> = None;
     let mut first_gradients = Vec::with_capacity(first.len());
     for (i, (slots, tensors)) in first.iter().zip(&first_tensors).enumerate() {
@@ -94,8 +93,8 @@ pub(crate) fn gradients(
     }
     Ok((
         dxs.map(|dxs| dxs.reshape(xs.shape())).transpose()?,
-        assemble(first_argument, first, first_gradients)?,
-        assemble(second_argument, second, second_gradients)?,
+        assemble(first_argument, &first, first_gradients)?,
+        assemble(second_argument, &[down], second_gradients)?,
     ))
 }
 

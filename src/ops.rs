@@ -1,8 +1,9 @@
 //! The fused ops: a whole MLP as one candle op, differentiable.
 //!
 //! Both are `CustomOp3`s of x, the first layer's parameters and the second layer's (see the source of `parameters`
-//! for how several parameters travel as one argument). Weights are `[out_features, in_features]` as in
-//! [`candle_nn::Linear`], contiguous or with any other strides; x has any rank from 1 on, with any strides.
+//! for how several parameters travel as one argument), or, where nothing is tracked, `CustomOp1`s of x. Weights are
+//! `[out_features, in_features]` as in [`candle_nn::Linear`], contiguous or with any other strides; x has any rank from 1
+//! on, with any strides.
 //!
 //! Sums are kept in f32 (f64 for f64), and each layer rounds once, at its end: the hidden layer after activation and
 //! product, the output after its bias. (Where candle's products run on a GPU, see `cuda::Kernel::Matmul`, those round by themselves,
@@ -17,12 +18,14 @@ use crate::backward;
 use crate::cpu;
 #[cfg(feature = "cuda")]
 use crate::cuda::{self, View};
-use crate::parameters::{halved, pack, pack_gate_up, Matrix, Packed, Projection, Slot};
+use crate::parameters::{halved, pack, pack_gate_up, Matrix, Projection};
 use crate::{Activation, GateUp, IntoActivation};
 use candle_core::backend::BackendStorage;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{bail, CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor};
+use candle_core::{
+    bail, CpuStorage, CustomOp1, CustomOp3, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor,
+};
 use candle_nn::Linear;
 use half::{bf16, f16};
 use std::borrow::Cow;
@@ -50,7 +53,8 @@ use std::borrow::Cow;
 pub fn fused_mlp(xs: &Tensor, fc1: &Linear, fc2: &Linear, activation: impl IntoActivation) -> Result<Tensor> {
     let activation = activation.into_activation()?;
     mlp_sizes(xs, fc1, fc2)?;
-    apply(MLP, activation, xs, pack(&[fc1])?, pack(&[fc2])?)
+    let ((first, [gate]), (second, [down])) = (pack([fc1])?, pack([fc2])?);
+    MlpOp { name: MLP, activation, gate, up: None, down }.apply(xs, &first, &second)
 }
 
 /// `y = (act(x Wgᵀ + bg) · (x Wuᵀ + bu)) Wdᵀ + bd` in one op: SwiGLU with SiLU, GeGLU with GELU, ReGLU with ReLU.
@@ -65,7 +69,8 @@ pub fn fused_mlp(xs: &Tensor, fc1: &Linear, fc2: &Linear, activation: impl IntoA
 pub fn fused_swiglu(xs: &Tensor, gate_up: &GateUp, down: &Linear, activation: impl IntoActivation) -> Result<Tensor> {
     let activation = activation.into_activation()?;
     swiglu_sizes(xs, gate_up, down)?;
-    apply(SWIGLU, activation, xs, pack_gate_up(gate_up)?, pack(&[down])?)
+    let ((first, [gate, up]), (second, [down])) = (pack_gate_up(gate_up)?, pack([down])?);
+    MlpOp { name: SWIGLU, activation, gate, up: Some(up), down }.apply(xs, &first, &second)
 }
 
 const MLP: &str = "fused-mlp";
@@ -140,9 +145,9 @@ impl Check<'_> {
     fn sizes(&self, intermediate_size: usize, out_features: usize) -> Result<Sizes> {
         let Self { op, like, .. } = self;
         let (tokens, hidden_size) = tokens_of(op, like.shape())?;
-        let dims = with_last(like.dims(), out_features);
-        if !has_size(&dims) {
-            bail!("{op}: expected an output that fits in memory, found one of shape {dims:?}");
+        let dims = || with_last(like.dims(), out_features);
+        if !has_size(dims()) {
+            bail!("{op}: expected an output that fits in memory, found one of shape {:?}", dims().collect::<Vec<_>>());
         }
         Ok(Sizes { tokens, hidden_size, intermediate_size, out_features })
     }
@@ -196,29 +201,36 @@ impl Check<'_> {
     }
 }
 
-/// Runs the op of these layers, recording it where an argument is tracked.
-fn apply(name: &'static str, activation: Activation, xs: &Tensor, first: Packed, second: Packed) -> Result<Tensor> {
-    let op = MlpOp { name, activation, first: first.projections, second: second.projections };
-    xs.apply_op3(&first.argument, &second.argument, op)
-}
-
-/// Both ops: the first layer has one projection (plain) or two (gate, then up), the second has one.
+/// Both ops: the first layer is the gate alone (plain) or the gate and up, the second is down.
 struct MlpOp {
     name: &'static str,
     activation: Activation,
-    first: Vec<Projection>,
-    second: Vec<Projection>,
+    gate: Projection,
+    up: Option<Projection>,
+    down: Projection,
 }
 
 impl MlpOp {
+    /// The op's output, with its gradient where x or a parameter is tracked.
+    fn apply(self, xs: &Tensor, first: &Tensor, second: &Tensor) -> Result<Tensor> {
+        let projections = [Some(&self.gate), self.up.as_ref(), Some(&self.down)];
+        if xs.track_op() || projections.into_iter().flatten().any(Projection::is_tracked) {
+            xs.apply_op3(first, second, self)
+        } else {
+            // Comparing three arguments' devices, candle clones each, with all that it shares: a third of what a call takes of
+            // the host besides the driver's part.
+            xs.apply_op1_no_bwd(&self)
+        }
+    }
+
     fn cpu_fwd_of<E: cpu::Element>(
         &self,
         (xs, xs_layout): (&CpuStorage, &Layout),
         first: (&CpuStorage, &Layout),
         second: (&CpuStorage, &Layout),
     ) -> Result<(CpuStorage, Shape)> {
-        let (first_sources, second_sources) = (sources(&self.first, first.1)?, sources(&self.second, second.1)?);
-        let (first, second) = (matrices::<E>(&first_sources, first.0)?, matrices::<E>(&second_sources, second.0)?);
+        let (gate, down) = (sources(&self.gate, first.1)?, sources(&self.down, second.1)?);
+        let up = self.up.as_ref().map(|up| sources(up, first.1)).transpose()?;
         let gathered;
         let xs = xs.as_slice::<E>()?;
         let (tokens, hidden_size) = tokens_of(self.name, xs_layout.shape())?;
@@ -229,43 +241,52 @@ impl MlpOp {
                 Matrix::new(&gathered, &Layout::contiguous((tokens, hidden_size)))?
             }
         };
-        let out_features = second[0].weight.rows;
         let problem = cpu::Problem {
             xs,
-            gate: first[0],
-            up: first.get(1).copied(),
-            down: second[0],
+            gate: matrices(&gate, first.0)?,
+            up: up.as_ref().map(|up| matrices(up, first.0)).transpose()?,
+            down: matrices(&down, second.0)?,
             activation: self.activation,
         };
         let out = cpu::forward(self.name, &problem)?;
-        Ok((E::to_cpu_storage_owned(out), with_last(xs_layout.dims(), out_features).into()))
+        Ok((
+            E::to_cpu_storage_owned(out),
+            with_last(xs_layout.dims(), problem.down.weight.rows).collect::<Vec<_>>().into(),
+        ))
     }
 }
 
-/// Where a layer's parameters lie, those that the op holds locked for reading.
+/// Where a parameter lies: in a tensor that the op holds, locked for reading, or else in its layer's argument.
 type Source<'a> = (Option<StorageRef<'a>>, Cow<'a, Layout>);
 
-fn sources<'a>(projections: &'a [Projection], argument: &'a Layout) -> Result<Vec<Projection<Source<'a>>>> {
-    let locate = |slot: &'a Slot| {
+fn sources<'a>(projection: &'a Projection, argument: &'a Layout) -> Result<Projection<Source<'a>>> {
+    projection.map(|slot| {
         let (held, layout) = slot.locate(argument)?;
         Ok((held.map(|tensor| tensor.storage_and_layout().0), layout))
-    };
-    projections.iter().map(|projection| projection.map(locate)).collect()
+    })
 }
 
 fn matrices<'a, E: cpu::Element>(
-    sources: &'a [Projection<Source<'a>>],
+    sources: &'a Projection<Source<'a>>,
     argument: &'a CpuStorage,
-) -> Result<Vec<Projection<Matrix<'a, E>>>> {
-    let view = |(held, layout): &'a Source<'a>| {
+) -> Result<Projection<Matrix<'a, E>>> {
+    sources.map(|(held, layout)| {
         let storage = match held.as_deref() {
             None => argument,
             Some(Storage::Cpu(storage)) => storage,
             Some(_) => bail!("expected every parameter on the CPU"),
         };
         Matrix::new(storage.as_slice::<E>()?, layout)
-    };
-    sources.iter().map(|projection| projection.map(view)).collect()
+    })
+}
+
+#[cfg(feature = "cuda")]
+fn views<'a>(sources: &'a Projection<Source<'a>>, argument: &'a CudaStorage) -> Result<Projection<View<'a>>> {
+    sources.map(|(held, layout)| match held.as_deref() {
+        None => Ok((argument, layout.as_ref())),
+        Some(Storage::Cuda(storage)) => Ok((storage, layout.as_ref())),
+        Some(_) => bail!("expected every parameter on the CUDA device of xs"),
+    })
 }
 
 /// The number of vectors in an op's x of this shape, and their length.
@@ -273,7 +294,7 @@ fn tokens_of(op: &str, shape: &Shape) -> Result<(usize, usize)> {
     let dims = shape.dims();
     match dims.split_last() {
         None => bail!("{op}: xs: expected at least one dimension, found a scalar"),
-        Some(_) if !has_size(dims) => {
+        Some(_) if !has_size(dims.iter().copied()) => {
             bail!("{op}: xs: expected a tensor whose element count fits in usize, found shape {dims:?}")
         }
         Some((&hidden_size, leading)) => Ok((leading.iter().product(), hidden_size)),
@@ -281,14 +302,14 @@ fn tokens_of(op: &str, shape: &Shape) -> Result<(usize, usize)> {
 }
 
 /// Whether the element count of these dimensions fits in usize, and so does every stride of a tensor of them.
-fn has_size(dims: &[usize]) -> bool {
-    dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1))).is_some()
+fn has_size(mut dims: impl Iterator<Item = usize>) -> bool {
+    dims.try_fold(1usize, |n, d| n.checked_mul(d.max(1))).is_some()
 }
 
 /// These dimensions, the last one replaced.
-fn with_last(dims: &[usize], last: usize) -> Vec<usize> {
+fn with_last(dims: &[usize], last: usize) -> impl Iterator<Item = usize> + '_ {
     let leading = dims.len().saturating_sub(1);
-    dims[..leading].iter().copied().chain([last]).collect()
+    dims[..leading].iter().copied().chain([last])
 }
 
 /// The same elements as a matrix of `[tokens, hidden_size]`, if one stride can describe all the leading dimensions.
@@ -306,6 +327,22 @@ fn flattened(layout: &Layout, tokens: usize) -> Option<Layout> {
         inner *= dim;
     }
     Some(Layout::new((tokens, hidden_size).into(), vec![row_stride, col_stride], layout.start_offset()))
+}
+
+/// The op of parameters that are not tracked. It holds them all, so that nothing is read of the arguments for the layers.
+impl CustomOp1 for MlpOp {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, xs: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        CustomOp3::cpu_fwd(self, xs, layout, xs, layout, xs, layout)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, xs: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        CustomOp3::cuda_fwd(self, xs, layout, xs, layout, xs, layout)
+    }
 }
 
 impl CustomOp3 for MlpOp {
@@ -342,36 +379,21 @@ impl CustomOp3 for MlpOp {
         second: &CudaStorage,
         second_layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        fn views<'a>(
-            sources: &'a [Projection<Source>],
-            argument: &'a CudaStorage,
-        ) -> Result<Vec<Projection<View<'a>>>> {
-            let view = |(held, layout): &'a Source| match held.as_deref() {
-                None => Ok((argument, layout.as_ref())),
-                Some(Storage::Cuda(storage)) => Ok((storage, layout.as_ref())),
-                Some(_) => bail!("expected every parameter on the CUDA device of xs"),
-            };
-            sources.iter().map(|projection| projection.map(view)).collect()
-        }
-        let (first_sources, second_sources) =
-            (sources(&self.first, first_layout)?, sources(&self.second, second_layout)?);
-        let (mut first, mut second) =
-            (views(&first_sources, first)?.into_iter(), views(&second_sources, second)?.into_iter());
-        let (Some(gate), up, Some(down)) = (first.next(), first.next(), second.next()) else {
-            bail!("{}: expected two layers", self.name);
-        };
+        let (gate, down) = (sources(&self.gate, first_layout)?, sources(&self.down, second_layout)?);
+        let up = self.up.as_ref().map(|up| sources(up, first_layout)).transpose()?;
+        let down = views(&down, second)?;
         let (tokens, _) = tokens_of(self.name, xs_layout.shape())?;
-        let shape = with_last(xs_layout.dims(), down.weight.1.dims().first().copied().unwrap_or(0)).into();
+        let shape = with_last(xs_layout.dims(), down.weight.1.dims().first().copied().unwrap_or(0));
         let problem = cuda::Problem {
             op: self.name,
             xs: (xs, xs_layout),
             flat_xs: flattened(xs_layout, tokens),
-            gate,
-            up,
+            gate: views(&gate, first)?,
+            up: up.as_ref().map(|up| views(up, first)).transpose()?,
             down,
             activation: self.activation,
         };
-        Ok((cuda::forward(&problem, tokens)?, shape))
+        Ok((cuda::forward(&problem, tokens)?, shape.collect::<Vec<_>>().into()))
     }
 
     fn bwd(
@@ -382,6 +404,7 @@ impl CustomOp3 for MlpOp {
         _out: &Tensor,
         out_gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        backward::gradients(self.activation, (xs, &self.first, &self.second), (first, second), out_gradient)
+        let projections = (&self.gate, self.up.as_ref(), &self.down);
+        backward::gradients(self.activation, xs, projections, (first, second), out_gradient)
     }
 }

@@ -164,11 +164,8 @@ impl Projection<Slot> {
     }
 }
 
-/// The argument that stands for a layer, and where its projections' parameters are.
-pub(crate) struct Packed {
-    pub argument: Tensor,
-    pub projections: Vec<Projection>,
-}
+/// A layer: the argument that stands for it, and where its projections' parameters are.
+pub(crate) type Packed<const N: usize> = (Tensor, [Projection; N]);
 
 /// The parameters of a layer, in the order of [`Projection::parts`].
 fn parameters<'a>(linears: &'a [&Linear]) -> impl Iterator<Item = &'a Tensor> {
@@ -179,30 +176,26 @@ fn parameters<'a>(linears: &'a [&Linear]) -> impl Iterator<Item = &'a Tensor> {
 ///
 /// # Errors
 /// Those of candle's `cat`.
-pub(crate) fn pack(linears: &[&Linear]) -> Result<Packed> {
-    let tracked: Vec<&Tensor> = parameters(linears).filter(|t| t.track_op()).collect();
+pub(crate) fn pack<const N: usize>(linears: [&Linear; N]) -> Result<Packed<N>> {
+    let tracked: Vec<&Tensor> = parameters(&linears).filter(|t| t.track_op()).collect();
     let argument = match tracked.as_slice() {
         [] => linears[0].weight().clone(),
         [only] => (*only).clone(),
         several => Tensor::cat(&several.iter().map(|t| t.flatten_all()).collect::<Result<Vec<_>>>()?, 0)?,
     };
     let mut start = 0;
-    let mut slot = |tensor: &Tensor| {
-        Ok(match tracked.len() {
-            _ if !tensor.track_op() => Slot::Held(tensor.clone()),
-            1 => Slot::Rows { start: 0, len: tensor.dim(0)? },
-            _ => {
-                let found = Slot::Flat { start, shape: tensor.shape().clone() };
-                start += tensor.elem_count();
-                found
-            }
-        })
+    let mut slot = |tensor: &Tensor| match tracked.len() {
+        _ if !tensor.track_op() => Slot::Held(tensor.clone()),
+        1 => Slot::Rows { start: 0, len: tensor.dims().first().copied().unwrap_or(1) },
+        _ => {
+            let found = Slot::Flat { start, shape: tensor.shape().clone() };
+            start += tensor.elem_count();
+            found
+        }
     };
-    let projections = linears
-        .iter()
-        .map(|linear| Projection { weight: linear.weight().clone(), bias: linear.bias().cloned() }.map(&mut slot))
-        .collect::<Result<Vec<_>>>()?;
-    Ok(Packed { argument, projections })
+    let projections =
+        linears.map(|linear| Projection { weight: slot(linear.weight()), bias: linear.bias().map(&mut slot) });
+    Ok((argument, projections))
 }
 
 /// Whether the elements of every weight's rows are adjacent where the op reads them, once a layer of these projections
@@ -216,18 +209,17 @@ pub(crate) fn rows_adjacent(linears: &[&Linear]) -> bool {
 ///
 /// # Errors
 /// Those of [`pack`] and of [`GateUp::split`].
-pub(crate) fn pack_gate_up(gate_up: &GateUp) -> Result<Packed> {
+pub(crate) fn pack_gate_up(gate_up: &GateUp) -> Result<Packed<2>> {
     match gate_up {
-        GateUp::Separate { gate, up } => pack(&[gate, up]),
+        GateUp::Separate { gate, up } => pack([gate, up]),
         GateUp::Packed { linear, order } => {
             let len = halved(linear.weight())?;
-            let Packed { argument, projections } = pack(&[linear])?;
-            let (first, second) = (projections[0].rows(0, len)?, projections[0].rows(len, len)?);
-            let projections = match order {
-                PackedOrder::GateUp => vec![first, second],
-                PackedOrder::UpGate => vec![second, first],
-            };
-            Ok(Packed { argument, projections })
+            let (argument, [both]) = pack([linear])?;
+            let (first, second) = (both.rows(0, len)?, both.rows(len, len)?);
+            Ok(match order {
+                PackedOrder::GateUp => (argument, [first, second]),
+                PackedOrder::UpGate => (argument, [second, first]),
+            })
         }
     }
 }
@@ -238,12 +230,12 @@ pub(crate) fn pack_gate_up(gate_up: &GateUp) -> Result<Packed> {
 /// Those of candle's `cat` and `reshape`.
 pub(crate) fn assemble(
     argument: &Tensor,
-    slots: &[Projection],
+    slots: &[&Projection],
     gradients: Vec<Projection<Option<Tensor>>>,
 ) -> Result<Option<Tensor>> {
     let mut parts: Vec<(usize, Tensor)> = slots
         .iter()
-        .flat_map(Projection::parts)
+        .flat_map(|projection| projection.parts())
         .zip(gradients.iter().flat_map(Projection::parts))
         .filter_map(|(slot, gradient)| Some((slot.start(), gradient.clone()?)))
         .collect();
