@@ -324,6 +324,29 @@ unsafe trait Compiled: Kernel + Sized {
     unsafe fn gemm(job: &Gemm<Self>, schedule: &Schedule);
 }
 
+/// The two functions of [`Compiled`] that do tasks, compiled for these instructions. What `$ready` gives lives as long as the
+/// tasks of a [`Gemm`].
+macro_rules! compiled_work {
+    ($kernel:ty, [$($feature:literal),*], ($f:literal, $r:literal, $halve:literal), $ready:expr) => {
+        unsafe fn decode(job: &Decode<Self>, schedule: &Schedule) {
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn inner(job: &Decode<$kernel>, schedule: &Schedule) {
+                job.work::<$f, $r, $halve>(schedule)
+            }
+            inner(job, schedule)
+        }
+
+        unsafe fn gemm(job: &Gemm<Self>, schedule: &Schedule) {
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn inner(job: &Gemm<$kernel>, schedule: &Schedule) {
+                let _ready = $ready;
+                job.work(schedule)
+            }
+            inner(job, schedule)
+        }
+    };
+}
+
 /// Names, for a kernel: the instructions it is compiled for, its tiles (vectors of tokens, and rows of weights), and the
 /// rows of its dot products (of 2 to 4 tokens, of more, and whether these are taken in halves). They are as many as the
 /// vector registers hold, less one or two where the compiler would otherwise keep a sum in memory; more than 8 rows of a
@@ -354,21 +377,7 @@ macro_rules! compiled {
                 }
             }
 
-            unsafe fn decode(job: &Decode<Self>, schedule: &Schedule) {
-                $(#[target_feature(enable = $feature)])*
-                unsafe fn inner(job: &Decode<$kernel>, schedule: &Schedule) {
-                    job.work::<$f, $r, $halve>(schedule)
-                }
-                inner(job, schedule)
-            }
-
-            unsafe fn gemm(job: &Gemm<Self>, schedule: &Schedule) {
-                $(#[target_feature(enable = $feature)])*
-                unsafe fn inner(job: &Gemm<$kernel>, schedule: &Schedule) {
-                    job.work(schedule)
-                }
-                inner(job, schedule)
-            }
+            compiled_work!($kernel, [$($feature),*], ($f, $r, $halve), ());
         }
     };
 }
@@ -417,22 +426,12 @@ mod tiers {
             amx::multiply(vectors, weights, depth, xs, sums, fresh)
         }
 
-        unsafe fn decode(job: &Decode<Self>, schedule: &Schedule) {
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
-            unsafe fn inner(job: &Decode<Pairs<true>>, schedule: &Schedule) {
-                job.work::<1, 3, false>(schedule)
-            }
-            inner(job, schedule)
-        }
-
-        unsafe fn gemm(job: &Gemm<Self>, schedule: &Schedule) {
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")]
-            unsafe fn inner(job: &Gemm<Pairs<true>>, schedule: &Schedule) {
-                let _tiles = Tiles::configure();
-                job.work(schedule)
-            }
-            inner(job, schedule)
-        }
+        compiled_work!(
+            Pairs<true>,
+            ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c", "avx512bf16"],
+            (1, 3, false),
+            Tiles::configure()
+        );
     }
     compiled!(Widened<Avx2, f32>, ["avx2", "fma", "f16c"], tiles: [(1, 8), (2, 6)], rows: (3, 2, true));
     compiled!(Widened<Avx2, f16>, ["avx2", "fma", "f16c"], tiles: [(1, 8), (2, 6)], rows: (2, 2, true));
