@@ -45,11 +45,11 @@ pub(crate) fn gradients(
     let keep_graph = KEEP_GRAPH.with(|keep| *keep);
     let plain = |t: &Tensor| if keep_graph { t.clone() } else { t.detach() };
     let (xs, tracks_xs) = (plain(xs), xs.track_op());
-    let tensors =
-        |projection: &Projection, argument: &Tensor| projection.map(|slot| dense(slot.tensor(&plain(argument))?));
+    let (first_argument, second_argument) = (plain(first_argument), plain(second_argument));
+    let tensors = |projection: &&Projection| projection.map(|slot| dense(slot.tensor(&first_argument)?));
     let first = [gate].into_iter().chain(up).collect::<Vec<_>>();
-    let first_tensors = first.iter().map(|p| tensors(p, first_argument)).collect::<Result<Vec<_>>>()?;
-    let down_weight = tensors(down, second_argument)?.weight;
+    let first_tensors = first.iter().map(tensors).collect::<Result<Vec<_>>>()?;
+    let down_weight = dense(down.weight.tensor(&second_argument)?)?;
 
     let Some((&hidden_size, leading)) = xs.dims().split_last() else {
         bail!("expected x of at least one dimension, found a scalar");
@@ -70,7 +70,7 @@ pub(crate) fn gradients(
             preactivations.get(1).map_or(Ok(act.clone()), |up| act * up)
         };
         let gradients = vec![projection_gradients(down, &dy, hidden)?];
-        return Ok((None, None, assemble(second_argument, &[down], gradients)?));
+        return Ok((None, None, assemble(&second_argument, &[down], gradients)?));
     }
     let preactivations = preactivations()?;
     let dh = dy.matmul(&down_weight)?;
@@ -93,8 +93,8 @@ pub(crate) fn gradients(
     }
     Ok((
         dxs.map(|dxs| dxs.reshape(xs.shape())).transpose()?,
-        assemble(first_argument, &first, first_gradients)?,
-        assemble(second_argument, &[down], second_gradients)?,
+        assemble(&first_argument, &first, first_gradients)?,
+        assemble(&second_argument, &[down], second_gradients)?,
     ))
 }
 
