@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   Ring ring{plan, shared_address(shared), shared_address(full_barriers), shared_address(empty_barriers), 0, 0};
   const LayerPlan &first = plan.first;
   const LayerPlan &second = plan.second;
-  const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31;
+  const int warp = warp_of_block(), lane = threadIdx.x & 31;
 
   if (!start_ring<NT>(shape, plan, maps, stages, ring))
     return;
@@ -76,22 +76,11 @@ __global__ void __launch_bounds__(THREADS, 1)
     const bool chunks_shared = is_second ? second_shared : first_shared;
     const int row_tile = chunks_shared ? 0 : warpgroup * TILE_ROWS;
     const int begin = stage.begin, end = stage.end;
-    // A thread rounds off every so many tokens' sums of one unit.
-    const int unit_bits = 32 - __clz(max(end - begin, GROUP) - 1), unit_column = threadIdx.x & ((1 << unit_bits) - 1);
-    const int unit = begin + unit_column;
-    if ((stage.flags & PASS_BEGINS) && is_second)
-      ask_bias_down(begin + row_tile, end);
-    if ((stage.flags & PASS_BEGINS) && !is_second) {
-      // Wanted only when the pass ends, and here by then.
-      bias[0] = shape.bias_gate && unit < end ? static_cast<const T *>(shape.bias_gate)[unit] : T{};
-      bias[1] = shape.bias_up && unit < end ? static_cast<const T *>(shape.bias_up)[unit] : T{};
-    }
     // One tile's sums are in acc[0], two tiles' or two parities' in acc[0] and acc[1], two tiles' of two parities in all four.
     const int first_chunk = stage.first_chunk_and_chunks >> 16, chunks = stage.first_chunk_and_chunks & 0xffff;
     const unsigned tokens = ring.at(),
                    weights = tokens + layer.stage_chunks * NT * SWIZZLE_BYTES + row_tile / GROUP * layer.group_distance;
     const bool one_matrix = is_second || !shape.gated || packed;
-    const int up = (end - begin + GROUP - 1) / GROUP * layer.group_distance;
     const int mine = (chunks_shared ? first_chunk ^ warpgroup : first_chunk) & 1;
     auto add = [&](float(&sums)[SUMS], int c, int offset, bool &has_begun) {
       multiply<T, NT>(sums, weights + c * CHUNK_GROUP + offset, layer.group_distance, tokens + c * NT * SWIZZLE_BYTES,
@@ -107,6 +96,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         for (int c = 1 - mine; c < chunks; c += 2)
           add(acc[1], c, 0, begun[1]);
     } else {
+      const int up = (end - begin + GROUP - 1) / GROUP * layer.group_distance;
       for (int c = mine; c < chunks; c += 2) {
         add(acc[0], c, 0, begun[0]);
         add(acc[1], c, up, begun[1]);
@@ -119,6 +109,16 @@ __global__ void __launch_bounds__(THREADS, 1)
           }
     }
     products_commit();
+    // While the tensor cores multiply. A thread rounds off every so many tokens' sums of one unit.
+    const int unit_bits = 32 - __clz(max(end - begin, GROUP) - 1), unit_column = threadIdx.x & ((1 << unit_bits) - 1);
+    const int unit = begin + unit_column;
+    if ((stage.flags & PASS_BEGINS) && is_second)
+      ask_bias_down(begin + row_tile, end);
+    if ((stage.flags & PASS_BEGINS) && !is_second) {
+      // Wanted only when the pass ends, and here by then.
+      bias[0] = shape.bias_gate && unit < end ? static_cast<const T *>(shape.bias_gate)[unit] : T{};
+      bias[1] = shape.bias_up && unit < end ? static_cast<const T *>(shape.bias_up)[unit] : T{};
+    }
     products_wait<0>();
 #pragma unroll
     for (int i = 0; i < KEPT; ++i)

@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
   // The consumers.
   take_registers<CONSUMER_REGISTERS>();
-  const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31, set = blockIdx.x / plan.parts;
+  const int warp = warp_of_block(), lane = threadIdx.x & 31, set = blockIdx.x / plan.parts;
   const int warpgroup = warp / 4;
   const Division first_division(first, shape.gated), second_division(second, false);
   float sums[2][NT / GROUP][4] = {};

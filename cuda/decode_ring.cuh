@@ -12,6 +12,9 @@
 // rows themselves are asked for after it. The second layer's depth may be cut into parts, each a block's, so that blocks
 // read a part of the hidden rows for so many times as many down rows; the last block to be done adds the parts.
 //
+// Some multiprocessors get a third more of the bandwidth. They should not ask for down rows while others lack the gate and up rows
+// that all wait for: except in small models a producer asks for them only when its own gate and up rows have come.
+//
 // No deadlock, whatever is resident: a block waits for the hidden rows only. Slice b of the first layer belongs to
 // whoever claims it with an atomic, normally block b, whose first copies are under way meanwhile. A block whose wait is
 // longer than its own share took empties its ring and computes slices that nobody has claimed. So each slice is either
@@ -34,6 +37,7 @@ constexpr int MAX_SLOTS = 16;
 constexpr int ROUND_TOKENS = 16; // whose sums are in shared memory at a time, to be rounded off
 constexpr int ROUND_PITCH = CONSUMERS + 4; // floats of one token's sums; 4 mod 32 keeps the stores off one bank
 constexpr int MOST_STAGE_BYTES = 90 * 1024; // larger stages leave too few for the ring
+constexpr int ENOUGH_STAGE_BYTES = 32 * 1024; // smaller ones are short copies
 constexpr int MOST_STAGE_CHUNKS = 8;
 constexpr int MOST_BLOCK_BYTES_OF_SMALL = 208 * 1024, MOST_RING_BYTES_OF_SMALL = 128 * 1024, MOST_TOKENS_OF_SMALL = 16;
 constexpr int PREFETCHED_STAGES = 2; // more delay the wait for the kernel before
@@ -59,6 +63,7 @@ struct RingPlan {
   int sets;     // of blocks that share down-projection rows
   int slots, slot_bytes;
   int prefetched_stages;
+  bool first_layer_first; // no block asks for down rows before its own gate and up rows have come
 };
 
 struct Maps {
@@ -109,8 +114,13 @@ struct Ring {
       parity ^= 1;
     }
   }
+  __device__ __forceinline__ Ring before() const {
+    return {plan, memory, full, empty, slot > 0 ? slot - 1 : plan.slots - 1, slot > 0 ? parity : parity ^ 1};
+  }
   __device__ __forceinline__ void wait_until_empty() const { barrier_wait(empty + 8 * slot, parity); }
   __device__ __forceinline__ void wait_until_full() const { barrier_wait(full + 8 * slot, parity); }
+  // The same for the producer, whose phases of `full` are a round behind those of `empty`.
+  __device__ __forceinline__ void wait_until_come() const { barrier_wait(full + 8 * slot, parity ^ 1); }
   __device__ __forceinline__ void give_back() const { fused_mlp::give_back(empty + 8 * slot); }
   __device__ __forceinline__ unsigned barrier() const { return full + 8 * slot; }
   __device__ __forceinline__ unsigned at() const { return memory + slot * plan.slot_bytes; }
@@ -230,6 +240,8 @@ __device__ __forceinline__ void produce(const Shape &shape, const RingPlan &plan
   };
   const int stages_in_all = divide_up(row_end - row_begin, second.pass_groups) * second.sum_stages;
   const int ahead = min(plan.slots, stages_in_all);
+  if (plan.first_layer_first && has_slice && has_rows)
+    ring.before().wait_until_come();
   bool own = true;
   // A block without down rows waits for nobody.
   while (has_rows) {
@@ -298,7 +310,7 @@ __device__ __forceinline__ bool start_ring(const Shape &shape, const RingPlan &p
     publish_barriers();
   }
   __syncthreads();
-  const int warp = uniform(threadIdx.x >> 5);
+  const int warp = warp_of_block();
   if (warp < CONSUMERS / 32)
     return true;
   if constexpr (PRODUCER_REGISTERS > 0)
@@ -314,7 +326,8 @@ __device__ __forceinline__ bool start_ring(const Shape &shape, const RingPlan &p
 // ---------------------------------------------------------------------------------------------------------------------
 // Launchers
 
-inline LayerPlan plan_layer(int rows, int parts, int matrices, int chunks, int sum_chunks, int token_bytes, int most_pass_groups) {
+inline LayerPlan plan_layer(int rows, int parts, int matrices, int chunks, int sum_chunks, int token_bytes, int most_pass_groups,
+                            int most_stage_bytes) {
   LayerPlan plan;
   plan.rows = rows;
   const int groups = divide_up(rows, GROUP), most = divide_up(groups, parts);
@@ -326,7 +339,7 @@ inline LayerPlan plan_layer(int rows, int parts, int matrices, int chunks, int s
   plan.sum_chunks = sum_chunks;
   plan.chunk_bytes = token_bytes + matrices * plan.pass_groups * CHUNK_GROUP;
   // As many chunks as fit, if a divisor of their number is near; or else stages of one size, as few as can be.
-  const int fit = MOST_STAGE_BYTES / plan.chunk_bytes;
+  const int fit = most_stage_bytes / plan.chunk_bytes;
   const int most_chunks = fit < 1 ? 1 : fit > MOST_STAGE_CHUNKS ? MOST_STAGE_CHUNKS : fit;
   plan.stage_chunks = most_chunks < plan.sum_chunks ? most_chunks : plan.sum_chunks;
   while (plan.sum_chunks % plan.stage_chunks != 0)
@@ -362,7 +375,7 @@ inline int launch_ring(RingKernel kernel, int threads, const Shape &shape, int d
   const int token_bytes = token_rows * SWIZZLE_BYTES;
   const int first_chunks = shape.hidden_size / chunk;
   plan.first = plan_layer(shape.intermediate_size, blocks, shape.gated ? 2 : 1, first_chunks, first_chunks, token_bytes,
-                          most_first_groups);
+                          most_first_groups, MOST_STAGE_BYTES);
   plan.slices = plan.first.share > 0 ? blocks : plan.first.remainder;
   const int chunks = shape.intermediate_size / chunk;
   const int part = part_chunks(chunks, depth_parts(blocks, shape.output_size, shape.intermediate_size));
@@ -370,23 +383,34 @@ inline int launch_ring(RingKernel kernel, int threads, const Shape &shape, int d
   plan.sets = blocks / plan.parts;
   if (plan.sets < 1)
     return FUSED_MLP_UNSUPPORTED;
-  plan.second = plan_layer(shape.output_size, plan.sets, 1, chunks, part, token_bytes, PASS_GROUPS);
+  // Large stages of the second layer that are larger than the first's may cost the ring a slot, which is worth more, but with the
+  // most tokens, where products take the time.
+  const int first_bytes = plan.first.stage_chunks * plan.first.chunk_bytes;
+  const int enough_bytes = first_bytes > ENOUGH_STAGE_BYTES ? first_bytes : ENOUGH_STAGE_BYTES;
+  int after_ring = 0;
+  const auto plan_second = [&](int most_stage_bytes) {
+    plan.second = plan_layer(shape.output_size, plan.sets, 1, chunks, part, token_bytes, PASS_GROUPS, most_stage_bytes);
+    const int second_bytes = plan.second.stage_chunks * plan.second.chunk_bytes;
+    plan.slot_bytes = first_bytes > second_bytes ? first_bytes : second_bytes;
+    after_ring = after_ring_bytes(plan, token_rows);
+    const int slots = (dynamic_limit(device) - after_ring) / plan.slot_bytes;
+    plan.slots = slots < MAX_SLOTS ? slots : MAX_SLOTS;
+    return plan.slots;
+  };
+  const int most_slots = plan_second(enough_bytes);
+  if (plan_second(MOST_STAGE_BYTES) < most_slots && token_rows < MAX_TOKENS)
+    plan_second(enough_bytes);
   if (plan.second.share == 0)
     plan.sets = plan.second.remainder;
-
-  const int first_bytes = plan.first.stage_chunks * plan.first.chunk_bytes;
-  const int second_bytes = plan.second.stage_chunks * plan.second.chunk_bytes;
-  plan.slot_bytes = first_bytes > second_bytes ? first_bytes : second_bytes;
-  const int after_ring = after_ring_bytes(plan, token_rows);
-  plan.slots = (dynamic_limit(device) - after_ring) / plan.slot_bytes;
-  if (plan.slots > MAX_SLOTS)
-    plan.slots = MAX_SLOTS;
   // A ring that held nearly all of a block's weights would ask for down rows while others still wait for their first ones.
   const long long block_bytes = 1ll * map_element_bytes(dtype) * (shape.gated ? 3 : 2) * shape.hidden_size *
                                 shape.intermediate_size / blocks;
   const int few = MOST_RING_BYTES_OF_SMALL / plan.slot_bytes < 3 ? 3 : MOST_RING_BYTES_OF_SMALL / plan.slot_bytes;
-  if (token_rows <= MOST_TOKENS_OF_SMALL && block_bytes < MOST_BLOCK_BYTES_OF_SMALL && plan.slots > few)
+  const bool small = token_rows <= MOST_TOKENS_OF_SMALL && block_bytes < MOST_BLOCK_BYTES_OF_SMALL;
+  if (small && plan.slots > few)
     plan.slots = few;
+  // For the same reason blocks with more weights wait before they ask for down rows; small ones would ask too late.
+  plan.first_layer_first = !small;
   // No more slots than one block has stages: beside a small ring there is room for a block of the next launch.
   const int stages = plan.first.passes * plan.first.sum_stages + plan.second.passes * plan.second.sum_stages;
   if (plan.slots > stages)
