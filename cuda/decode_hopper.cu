@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         for (int c = 1 - mine; c < chunks; c += 2)
           add(acc[1], c, 0, begun[1]);
     } else {
-      const int up = (end - begin + GROUP - 1) / GROUP * layer.group_distance;
+      const int up = divide_up(end - begin, GROUP) * layer.group_distance;
       for (int c = mine; c < chunks; c += 2) {
         add(acc[0], c, 0, begun[0]);
         add(acc[1], c, up, begun[1]);

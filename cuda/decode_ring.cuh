@@ -114,13 +114,14 @@ struct Ring {
       parity ^= 1;
     }
   }
-  __device__ __forceinline__ Ring before() const {
-    return {plan, memory, full, empty, slot > 0 ? slot - 1 : plan.slots - 1, slot > 0 ? parity : parity ^ 1};
-  }
   __device__ __forceinline__ void wait_until_empty() const { barrier_wait(empty + 8 * slot, parity); }
   __device__ __forceinline__ void wait_until_full() const { barrier_wait(full + 8 * slot, parity); }
-  // The same for the producer, whose phases of `full` are a round behind those of `empty`.
-  __device__ __forceinline__ void wait_until_come() const { barrier_wait(full + 8 * slot, parity ^ 1); }
+  // For the producer, whose parity is that of `empty`: until what it asked for last has come.
+  __device__ __forceinline__ void wait_until_all_come() const {
+    const int last = slot > 0 ? slot - 1 : plan.slots - 1;
+    const unsigned last_parity = slot > 0 ? parity : parity ^ 1;
+    barrier_wait(full + 8 * last, last_parity ^ 1);
+  }
   __device__ __forceinline__ void give_back() const { fused_mlp::give_back(empty + 8 * slot); }
   __device__ __forceinline__ unsigned barrier() const { return full + 8 * slot; }
   __device__ __forceinline__ unsigned at() const { return memory + slot * plan.slot_bytes; }
@@ -241,7 +242,7 @@ __device__ __forceinline__ void produce(const Shape &shape, const RingPlan &plan
   const int stages_in_all = divide_up(row_end - row_begin, second.pass_groups) * second.sum_stages;
   const int ahead = min(plan.slots, stages_in_all);
   if (plan.first_layer_first && has_slice && has_rows)
-    ring.before().wait_until_come();
+    ring.wait_until_all_come();
   bool own = true;
   // A block without down rows waits for nobody.
   while (has_rows) {
@@ -383,23 +384,23 @@ inline int launch_ring(RingKernel kernel, int threads, const Shape &shape, int d
   plan.sets = blocks / plan.parts;
   if (plan.sets < 1)
     return FUSED_MLP_UNSUPPORTED;
-  // Large stages of the second layer that are larger than the first's may cost the ring a slot, which is worth more, but with the
-  // most tokens, where products take the time.
   const int first_bytes = plan.first.stage_chunks * plan.first.chunk_bytes;
-  const int enough_bytes = first_bytes > ENOUGH_STAGE_BYTES ? first_bytes : ENOUGH_STAGE_BYTES;
-  int after_ring = 0;
-  const auto plan_second = [&](int most_stage_bytes) {
+  const auto with_second = [&](RingPlan plan, int most_stage_bytes) {
     plan.second = plan_layer(shape.output_size, plan.sets, 1, chunks, part, token_bytes, PASS_GROUPS, most_stage_bytes);
     const int second_bytes = plan.second.stage_chunks * plan.second.chunk_bytes;
     plan.slot_bytes = first_bytes > second_bytes ? first_bytes : second_bytes;
-    after_ring = after_ring_bytes(plan, token_rows);
-    const int slots = (dynamic_limit(device) - after_ring) / plan.slot_bytes;
+    const int slots = (dynamic_limit(device) - after_ring_bytes(plan, token_rows)) / plan.slot_bytes;
     plan.slots = slots < MAX_SLOTS ? slots : MAX_SLOTS;
-    return plan.slots;
+    return plan;
   };
-  const int most_slots = plan_second(enough_bytes);
-  if (plan_second(MOST_STAGE_BYTES) < most_slots && token_rows < MAX_TOKENS)
-    plan_second(enough_bytes);
+  plan = with_second(plan, MOST_STAGE_BYTES);
+  // Stages no larger than the first layer's, if that gives the ring a slot; but not with the most tokens, where products take the time.
+  const int enough_bytes = first_bytes > ENOUGH_STAGE_BYTES ? first_bytes : ENOUGH_STAGE_BYTES;
+  if (plan.slot_bytes > enough_bytes && token_rows < MAX_TOKENS) {
+    const RingPlan smaller = with_second(plan, enough_bytes);
+    if (smaller.slots > plan.slots)
+      plan = smaller;
+  }
   if (plan.second.share == 0)
     plan.sets = plan.second.remainder;
   // A ring that held nearly all of a block's weights would ask for down rows while others still wait for their first ones.
@@ -437,7 +438,8 @@ inline int launch_ring(RingKernel kernel, int threads, const Shape &shape, int d
   if (!shape.gated)
     maps.up = maps.gate;
 
-  return launch_kernel(kernel, {blocks, threads, plan.slots * plan.slot_bytes + after_ring, true}, stream, shape, plan, maps);
+  const int shared_bytes = plan.slots * plan.slot_bytes + after_ring_bytes(plan, token_rows);
+  return launch_kernel(kernel, {blocks, threads, shared_bytes, true}, stream, shape, plan, maps);
 }
 
 // The kernel of decode_hopper_f32.cu for so many tokens, and its launcher.
