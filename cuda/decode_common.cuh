@@ -9,8 +9,8 @@ namespace fused_mlp {
 
 constexpr int MAX_TOKENS = 64;   // of one launch
 constexpr int MAX_BLOCKS = 1024; // of one launch; each has a claim word
-constexpr int RESIDENT_TOKENS = 8; // of one launch of decode_resident.cu
-constexpr int RESIDENT_ELEMENTS = RESIDENT_TOKENS * 5120; // of its hidden rows, at most
+constexpr int RESIDENT_TOKENS = 32;      // of one launch of decode_resident.cu, at most
+constexpr int RESIDENT_ELEMENTS = 49152; // of its hidden rows, at most
 
 // Head of the workspace. All zero between launches, but for the last two: whoever is last to need a counter puts it back to
 // zero, so a graph replay finds it as the first launch did. Hot counters have a 128-byte line each.

@@ -221,7 +221,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int end = min(begin + second.pass_groups * GROUP, row_end);
     const float4 *const from = reinterpret_cast<const float4 *>(shape.partial) + set * plan.parts * block_sums +
                                (pass * WARPGROUPS + warpgroup) * (SUMS / 4) * 128 + thread;
-    ask_bias_down(begin + row_tile, end);
+    if (second.passes > 1) // or they are there
+      ask_bias_down(begin + row_tile, end);
     constexpr int AT_ONCE = SUMS < 16 ? SUMS : 16;
 #pragma unroll
     for (int i0 = 0; i0 < SUMS; i0 += AT_ONCE) {

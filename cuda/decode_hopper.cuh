@@ -31,6 +31,16 @@ inline int decode_blocks(const DeviceFacts &device) {
   return device.multiprocessors < MOST_DECODE_BLOCKS ? device.multiprocessors : MOST_DECODE_BLOCKS;
 }
 
+// The tokens that a kernel is made for, to take so many.
+inline int token_rows_of(int tokens) { return tokens <= 8 ? 8 : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64; }
+
+// Whether a block has few weights: what they take from memory hides little of a launch's latencies.
+inline bool is_small(const Shape &shape, int dtype, int blocks) {
+  constexpr long long MOST_BLOCK_BYTES = 208 * 1024;
+  const int matrices = shape.gated ? 3 : 2;
+  return 1ll * matrices * map_element_bytes(dtype) * shape.hidden_size * shape.intermediate_size < MOST_BLOCK_BYTES * blocks;
+}
+
 #ifdef FUSED_MLP_HOPPER
 
 // The same in all lanes, said so that the compiler knows it: products must not look divergent.

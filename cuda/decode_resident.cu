@@ -1,4 +1,4 @@
-// The whole MLP for 1 to 8 tokens of a small model in one launch on Hopper: all weights that a block multiplies are in its
+// The whole MLP for 1 to 32 tokens of a small model in one launch on Hopper: all weights that a block multiplies are in its
 // shared memory at once, so nothing is waited for twice, and the layers meet through the hidden rows themselves.
 //
 // A slice of the first layer (some groups of eight hidden elements: their gate rows, and their up rows) is a block's, from
@@ -17,23 +17,27 @@
 // one above the other, and its tokens are those of four quarters side by side: of the 4 x 4 blocks of sums the diagonal
 // is wanted, and a quarter of the products makes them.
 //
+// Here nothing hides behind the weights, so that instructions between the layers cost time: hidden rows are gathered by
+// shifts and constant steps, and the block's own slice and those that it has to take over go through the same code.
+//
 // No deadlock, whatever is resident: a block waits for hidden elements only. If they are long in coming it computes
 // their slices itself and stores them, the same bits as the block whose they are, which may have stored them or may still.
 //
 // Dependent launch: as in decode_hopper.cu.
 #include "decode_hopper.cuh"
+#include <type_traits>
 
 namespace fused_mlp {
 namespace {
 
-constexpr int TOKENS = RESIDENT_TOKENS; // of a tile, however many there are
 constexpr int THREADS = 256;            // two warpgroups: even and odd chunks
-[[maybe_unused]] constexpr int TILE_ROWS = 64;
+constexpr int TILE_ROWS = 64;
 constexpr int TILE_GROUPS = TILE_ROWS / GROUP;
 constexpr int PARTS = 4; // of the second layer's depth
-[[maybe_unused]] constexpr int AT_ONCE = 6; // pieces of hidden rows that a thread asks for together
+[[maybe_unused]] constexpr int FEW_PIECES = 2, MANY_PIECES = 6; // of hidden rows, that a thread asks for together
 [[maybe_unused]] constexpr long long PATIENCE = 60000; // cycles
-constexpr int STATIC_BYTES = 8 * 1024; // no less than the kernel's arrays and what the system takes
+// No less than the kernel's arrays and what the system takes.
+constexpr int static_bytes(int token_rows) { return 2 * 1024 + 2 * token_rows * (TILE_ROWS + 4 + PARTS * GROUP) * 4; }
 
 struct ResidentPlan {
   int share; // groups of a slice
@@ -61,10 +65,11 @@ __device__ __forceinline__ uint4 load_piece(const uint4 *from) {
                : "memory");
   return v;
 }
-// Whether one half is zero.
-__device__ __forceinline__ bool has_zero(unsigned v) { return ((v - 0x00010001u) & ~v & 0x80008000u) != 0; }
-__device__ __forceinline__ bool has_come(const uint4 &v) {
-  return !(has_zero(v.x) || has_zero(v.y) || has_zero(v.z) || has_zero(v.w));
+// Some of these bits of `zero_halves` are set if a half is zero, and only then.
+constexpr unsigned ZERO_HALVES = 0x80008000u;
+__device__ __forceinline__ unsigned zero_halves(unsigned v) { return (v - 0x00010001u) & ~v; }
+__device__ __forceinline__ unsigned zero_halves(const uint4 &v) {
+  return zero_halves(v.x) | zero_halves(v.y) | zero_halves(v.z) | zero_halves(v.w);
 }
 template <typename T> __device__ __forceinline__ unsigned short bits_of(T v) {
   return *reinterpret_cast<const unsigned short *>(&v);
@@ -85,7 +90,8 @@ __device__ __forceinline__ void prefetch_slice(const CUtensorMap *map, int row) 
 
 #endif // FUSED_MLP_HOPPER
 
-template <typename T>
+// TOKENS: of a tile, however many there are
+template <typename T, int TOKENS>
 __global__ void __launch_bounds__(THREADS, 1)
     decode_resident_kernel(const __grid_constant__ Shape shape, const __grid_constant__ ResidentPlan plan,
                            const __grid_constant__ ResidentMaps maps) {
@@ -99,7 +105,9 @@ __global__ void __launch_bounds__(THREADS, 1)
   __shared__ int missing;
   const unsigned down = shared_address(shared), weights = down + plan.first_at, x = down + plan.x_at, hidden = weights;
   const unsigned first_barrier = shared_address(barriers), down_barrier = first_barrier + 8;
-  const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31, warpgroup = warp >> 2;
+  const int warp = warp_of_block(), lane = threadIdx.x & 31, warpgroup = warp >> 2;
+  constexpr int TOKEN_GROUPS = TOKENS / GROUP;
+  constexpr int CHUNK_TOKEN_BYTES = TOKENS * SWIZZLE_BYTES; // of a chunk of all tokens
   // A thread's rows of a tile are `row` and row + 8, its tokens 8 j + token and + 1.
   const int row = (warp & 3) * 16 + (lane >> 2), token = (lane & 3) * 2;
   const int chunk_bytes = (shape.gated ? 2 : 1) * plan.share * CHUNK_GROUP; // of a slice's weights
@@ -132,7 +140,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
   const unsigned long long weights_policy = evict_first_policy(), tokens_policy = evict_last_policy();
   auto ask_slice = [&](int slice) {
-    barrier_arrive_expect(first_barrier, plan.first_chunks * (chunk_bytes + CHUNK_GROUP));
+    barrier_arrive_expect(first_barrier, plan.first_chunks * (chunk_bytes + CHUNK_TOKEN_BYTES));
     copy_slice(weights, &maps.first, slice * plan.share * GROUP, first_barrier, weights_policy);
     copy_chunks(x, &maps.x, 0, 0, first_barrier, tokens_policy);
   };
@@ -155,7 +163,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 
   // The products of a slice's copies, and its hidden elements.
   unsigned short *buffer = nullptr;
-  auto finish_slice = [&](int slice, unsigned parity) {
+  const float activation_param = static_cast<float>(shape.activation_param);
+  const auto finish_slice = [&](int slice, unsigned parity) {
     // A thread rounds off every so many tokens' sums of one unit.
     const int unit_bits = 32 - __clz(plan.share * GROUP - 1);
     const int begin = slice * plan.share * GROUP, unit = begin + (threadIdx.x & ((1 << unit_bits) - 1));
@@ -167,89 +176,105 @@ __global__ void __launch_bounds__(THREADS, 1)
     pin(acc);
     products_begin();
     for (int c = warpgroup; c < plan.first_chunks; c += 2)
-      multiply<T, TOKENS>(acc, weights + c * chunk_bytes, CHUNK_GROUP, x + c * CHUNK_GROUP, CHUNK_GROUP, c != warpgroup);
+      multiply<T, TOKENS>(acc, weights + c * chunk_bytes, CHUNK_GROUP, x + c * CHUNK_TOKEN_BYTES, CHUNK_GROUP,
+                          c != warpgroup);
     products_commit();
     products_wait<0>();
     pin(acc);
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; ++i)
-      sums[warpgroup][token + (i & 1)][row + 8 * (i >> 1)] = acc[i];
+      sums[warpgroup][8 * (i >> 2) + token + (i & 1)][row + 8 * (i >> 1 & 1)] = acc[i];
     __syncthreads();
     if (unit < end)
       for (int t = threadIdx.x >> unit_bits; t < shape.tokens; t += THREADS >> unit_bits) {
         auto sum = [&](int r) { return sums[0][t][r] + sums[1][t][r]; };
         const float gate = sum(plan.gate_row + unit - begin) + to_float(bias);
-        float value = activate(shape.activation, float(shape.activation_param), gate);
+        float value = activate(shape.activation, activation_param, gate);
         if (shape.gated)
           value *= sum(plan.up_row + unit - begin) + to_float(bias_up);
         const unsigned bits = ~bits_of(from_float<T>(value));
         store_element(buffer + t * shape.intermediate_size + unit, static_cast<unsigned short>(bits));
       }
   };
+
+  // Hidden rows to shared memory, as a tensor copy of each group of tokens would lay them out. A thread brings the same 16
+  // bytes of a token's every chunk, or every second, every fourth... Where they are long in coming, the result is the group of
+  // some that are missing; or else -1.
+  const int token_bits = 32 - __clz(shape.tokens - 1), chunk_step = THREADS / GROUP >> token_bits;
+  const int piece = threadIdx.x & 7, piece_token = threadIdx.x >> 3 & ((1 << token_bits) - 1);
+  const int first_chunk = piece_token < shape.tokens ? threadIdx.x >> (3 + token_bits) : plan.second_chunks;
+  const auto gather = [&](auto pieces, long long patience) {
+    constexpr int PIECES = decltype(pieces)::value;
+    const long long since = clock64();
+    const unsigned short *const row = buffer + piece_token * shape.intermediate_size;
+    const uint4 *from = reinterpret_cast<const uint4 *>(row + first_chunk * CHUNK) + piece;
+    unsigned to = hidden + (piece_token / GROUP * plan.second_chunks + first_chunk) * CHUNK_GROUP +
+                  piece_token % GROUP * SWIZZLE_BYTES + ((piece ^ piece_token) & 7) * 16;
+    int late = -1;
+    for (int chunk = first_chunk; chunk < plan.second_chunks && late < 0; chunk += PIECES * chunk_step) {
+      uint4 v[PIECES];
+      unsigned zeros;
+      do {
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i)
+          v[i] = chunk + i * chunk_step < plan.second_chunks ? load_piece(from + i * chunk_step * 8)
+                                                             : make_uint4(~0u, ~0u, ~0u, ~0u);
+        zeros = 0;
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i)
+          zeros |= zero_halves(v[i]);
+        zeros &= ZERO_HALVES;
+      } while (zeros && clock64() - since <= patience);
+      if (zeros)
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i)
+          if (zero_halves(v[i]) & ZERO_HALVES)
+            late = (chunk + i * chunk_step) * 8 + piece;
+#pragma unroll
+      for (int i = 0; i < PIECES; ++i)
+        if (chunk + i * chunk_step < plan.second_chunks)
+          store_shared_16(to + i * chunk_step * CHUNK_GROUP, ~v[i].x, ~v[i].y, ~v[i].z, ~v[i].w);
+      from += PIECES * chunk_step * 8;
+      to += PIECES * chunk_step * CHUNK_GROUP;
+    }
+    return late;
+  };
   __syncthreads();
   const unsigned turn = turn_here;
   buffer = shape.exchange + (turn & 1) * RESIDENT_ELEMENTS;
-  if (has_slice)
-    finish_slice(blockIdx.x, 0);
 
-  if (has_rows) {
-    // Hidden rows to shared memory, as a tensor copy would lay them out.
-    const int row_pieces = shape.intermediate_size / 8, pieces = shape.tokens * row_pieces;
-    const uint4 *const from = reinterpret_cast<const uint4 *>(buffer);
-    long long patience = PATIENCE;
-    unsigned parity = has_slice ? 1 : 0;
-    for (;;) {
-      const long long since = clock64();
-      int late = pieces; // the first piece that is long in coming
-      for (int first = threadIdx.x; first < pieces && late == pieces; first += AT_ONCE * THREADS) {
-        uint4 v[AT_ONCE];
-        bool all;
-        do {
-          all = true;
-          late = pieces;
-#pragma unroll
-          for (int i = 0; i < AT_ONCE; ++i)
-            if (first + i * THREADS < pieces)
-              v[i] = load_piece(from + first + i * THREADS);
-#pragma unroll
-          for (int i = 0; i < AT_ONCE; ++i)
-            if (first + i * THREADS < pieces && !has_come(v[i])) {
-              all = false;
-              late = first + i * THREADS;
-            }
-        } while (!all && clock64() - since <= patience);
-        if (!all)
-          break;
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-          const int piece = first + i * THREADS;
-          if (piece < pieces) {
-            const int t = piece / row_pieces, in_row = piece - t * row_pieces;
-            store_shared_16(hidden + in_row / 8 * CHUNK_GROUP + t * SWIZZLE_BYTES + ((in_row ^ t) & 7) * 16,
-                            ~v[i].x, ~v[i].y, ~v[i].z, ~v[i].w);
-          }
-        }
-      }
+  // The block's own slice, and then those that are long in coming. Who has had to help once helps on without waiting.
+  int slice = blockIdx.x;
+  unsigned parity = 0;
+  long long patience = PATIENCE;
+  bool again = false; // leaving the loop in its middle would make the products' warps look divergent
+  do {
+    if (slice < plan.slices) {
+      finish_slice(slice, parity);
+      parity ^= 1;
+    }
+    if (has_rows) {
+      const int late = plan.second_chunks <= FEW_PIECES * chunk_step
+                           ? gather(std::integral_constant<int, FEW_PIECES>(), patience)
+                           : gather(std::integral_constant<int, MANY_PIECES>(), patience);
       fence_shared_copies();
       if (threadIdx.x == 0)
         missing = plan.slices;
-      if (!__syncthreads_or(late < pieces))
-        break;
+      again = __syncthreads_or(late >= 0);
       // The nearest missing slice from here on, so that blocks which wait for many do not all begin with the same one.
-      if (late < pieces) {
-        const int slice = late % row_pieces * 8 / (plan.share * GROUP);
-        atomicMin(&missing, (slice + plan.slices - blockIdx.x % plan.slices) % plan.slices);
-      }
+      if (late >= 0)
+        atomicMin(&missing, (late / plan.share + plan.slices - blockIdx.x % plan.slices) % plan.slices);
+    }
+    if (again) {
       __syncthreads();
-      const int slice = (missing + blockIdx.x) % plan.slices;
+      slice = uniform((missing + blockIdx.x) % plan.slices);
       if (threadIdx.x == 0)
         ask_slice(slice);
-      finish_slice(slice, parity);
-      parity ^= 1;
-      patience = 0; // who has had to help once helps on without waiting
-      __syncthreads();
+      patience = 0;
     }
+  } while (again);
 
+  if (has_rows) {
     barrier_wait(down_barrier, 0);
     const int quarter = plan.second_chunks / PARTS;
     const unsigned quarter_bytes = quarter * CHUNK_GROUP;
@@ -266,11 +291,15 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int pair = warp & 3;
     if (pair < PARTS / 2) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+      for (int group = 0; group < TOKEN_GROUPS; ++group)
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-          quarter_sums[warpgroup][2 * pair + i][token + e][lane >> 2] =
-              pair == 0 ? acc[4 * i + 2 * i + e] : acc[4 * (2 + i) + 2 * i + e];
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const auto of_pair = [&](int pair) { return acc[4 * (group * PARTS + 2 * pair + i) + 2 * i + e]; };
+            quarter_sums[warpgroup][2 * pair + i][group * GROUP + token + e][lane >> 2] =
+                pair == 0 ? of_pair(0) : of_pair(1);
+          }
     }
     __syncthreads();
     const int t = threadIdx.x >> 3, r = threadIdx.x & 7;
@@ -302,12 +331,20 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 using Kernel = void (*)(Shape, ResidentPlan, ResidentMaps);
 
-Kernel kernel_of(int dtype) {
-  return dtype == FUSED_MLP_BF16 ? decode_resident_kernel<__nv_bfloat16> : decode_resident_kernel<__half>;
+template <typename T> Kernel kernel_of(int token_rows) {
+  switch (token_rows) {
+  case 8: return decode_resident_kernel<T, 8>;
+  case 16: return decode_resident_kernel<T, 16>;
+  default: return decode_resident_kernel<T, 32>;
+  }
+}
+Kernel kernel_of(int dtype, int token_rows) {
+  return dtype == FUSED_MLP_BF16 ? kernel_of<__nv_bfloat16>(token_rows) : kernel_of<__half>(token_rows);
 }
 
 // Bytes of shared memory of each block.
-int plan_of(int blocks, int hidden_size, int intermediate_size, bool gated, bool up_first, ResidentPlan *plan) {
+int plan_of(int blocks, int token_rows, int hidden_size, int intermediate_size, bool gated, bool up_first,
+            ResidentPlan *plan) {
   const int groups = divide_up(intermediate_size, GROUP);
   plan->share = divide_up(groups, blocks);
   plan->slices = divide_up(groups, plan->share);
@@ -317,10 +354,12 @@ int plan_of(int blocks, int hidden_size, int intermediate_size, bool gated, bool
   plan->up_row = up_first ? 0 : plan->share * GROUP;
   plan->first_at = plan->second_chunks * CHUNK_GROUP;
   plan->x_at = plan->first_at + (gated ? 2 : 1) * plan->share * plan->first_chunks * CHUNK_GROUP;
-  const int hidden_end = plan->first_at + plan->second_chunks * CHUNK_GROUP;
+  const int token_groups = token_rows / GROUP;
+  const int hidden_end = plan->first_at + token_groups * plan->second_chunks * CHUNK_GROUP;
   // Both tiles are read as 64 rows, however many there are: the last chunk of the first one, and four quarters of down rows
   // behind the four; those end where the hidden rows do.
-  const int first_end = plan->x_at + TILE_GROUPS * CHUNK_GROUP, x_end = plan->x_at + plan->first_chunks * CHUNK_GROUP;
+  const int first_end = plan->x_at + TILE_GROUPS * CHUNK_GROUP;
+  const int x_end = plan->x_at + token_groups * plan->first_chunks * CHUNK_GROUP;
   const int end = first_end > x_end ? first_end : x_end;
   return end > hidden_end ? end : hidden_end;
 }
@@ -339,8 +378,8 @@ int slice_map(CUtensorMap *map, const Shape &shape, int dtype, const ResidentPla
 
 bool can_decode_resident(const DeviceFacts &device, const FusedMlpArgs &args) {
   const int hidden_size = args.hidden_size, intermediate_size = args.intermediate_size;
-  if (!device.hopper || args.dtype == FUSED_MLP_F32 || args.tokens > TOKENS || hidden_size % CHUNK != 0 ||
-      intermediate_size % CHUNK != 0 || 1ll * TOKENS * intermediate_size > RESIDENT_ELEMENTS ||
+  if (!device.hopper || args.dtype == FUSED_MLP_F32 || args.tokens > RESIDENT_TOKENS || hidden_size % CHUNK != 0 ||
+      intermediate_size % CHUNK != 0 || 1ll * args.tokens * intermediate_size > RESIDENT_ELEMENTS ||
       hidden_size > MOST_BOX_CHUNKS * CHUNK)
     return false;
   if (args.gated) {
@@ -349,39 +388,42 @@ bool can_decode_resident(const DeviceFacts &device, const FusedMlpArgs &args) {
       return false;
   }
   const int blocks = decode_blocks(device), chunks = intermediate_size / CHUNK;
+  const int token_rows = token_rows_of(args.tokens);
   ResidentPlan plan;
-  const int bytes = plan_of(blocks, hidden_size, intermediate_size, args.gated, false, &plan);
+  const int bytes = plan_of(blocks, token_rows, hidden_size, intermediate_size, args.gated, false, &plan);
   return depth_parts(blocks, args.output_size, intermediate_size) == PARTS &&
          PARTS * part_chunks(chunks, PARTS) == chunks && (args.gated ? 2 : 1) * plan.share <= TILE_GROUPS &&
-         divide_up(args.output_size, GROUP) <= blocks && bytes <= device.shared_bytes_per_block - STATIC_BYTES;
+         divide_up(args.output_size, GROUP) <= blocks && bytes <= device.shared_bytes_per_block - static_bytes(token_rows);
 }
 
 bool decode_resident_is_chosen(const FusedMlpArgs &args) {
-  // Each block reads all hidden rows: 0.2 us for 1,536 more elements.
-  constexpr int MOST_HIDDEN_ELEMENTS = 12288;
-  return 1ll * args.tokens * args.intermediate_size <= MOST_HIDDEN_ELEMENTS;
+  // Each block reads all hidden rows, which takes long where many weights leave room for one block alone.
+  constexpr long long MOST_WEIGHTS = 7 << 20;
+  constexpr int FEW_TOKENS = 8;
+  return args.tokens <= FEW_TOKENS || (args.gated ? 3ll : 2ll) * args.hidden_size * args.intermediate_size <= MOST_WEIGHTS;
 }
 
 int prepare_decode_resident(const DeviceFacts &device) {
-  for (int dtype = FUSED_MLP_BF16; dtype <= FUSED_MLP_F16; ++dtype) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel_of(dtype)),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes_per_block - STATIC_BYTES);
-    if (error != cudaSuccess)
-      return error;
-  }
+  for (int dtype = FUSED_MLP_BF16; dtype <= FUSED_MLP_F16; ++dtype)
+    for (int token_rows = 8; token_rows <= RESIDENT_TOKENS; token_rows *= 2) {
+      const cudaError_t error = cudaFuncSetAttribute(
+          reinterpret_cast<const void *>(kernel_of(dtype, token_rows)), cudaFuncAttributeMaxDynamicSharedMemorySize,
+          device.shared_bytes_per_block - static_bytes(token_rows));
+      if (error != cudaSuccess)
+        return error;
+    }
   return FUSED_MLP_OK;
 }
 
 int launch_decode_resident(const Shape &shape, int dtype, const DeviceFacts &device, cudaStream_t stream) {
-  const int blocks = decode_blocks(device);
+  const int blocks = decode_blocks(device), token_rows = token_rows_of(shape.tokens);
   ResidentPlan plan;
-  const int bytes = plan_of(blocks, shape.hidden_size, shape.intermediate_size, shape.gated,
+  const int bytes = plan_of(blocks, token_rows, shape.hidden_size, shape.intermediate_size, shape.gated,
                             shape.gated && shape.up < shape.gate, &plan);
   ResidentMaps maps;
   const long long x_stride = shape.tokens > 1 ? shape.x_stride : shape.hidden_size;
   const int h = shape.hidden_size, n = shape.intermediate_size;
-  int status = chunk_map(&maps.x, {shape.x, shape.tokens, h, x_stride, 0, dtype, TOKENS, plan.first_chunks, 1});
+  int status = chunk_map(&maps.x, {shape.x, shape.tokens, h, x_stride, 0, dtype, token_rows, plan.first_chunks, 1});
   if (status == FUSED_MLP_OK)
     status = slice_map(&maps.first, shape, dtype, plan);
   if (status == FUSED_MLP_OK)
@@ -390,7 +432,7 @@ int launch_decode_resident(const Shape &shape, int dtype, const DeviceFacts &dev
   if (status != FUSED_MLP_OK)
     return status;
 
-  return launch_kernel(kernel_of(dtype), {blocks, THREADS, bytes, true}, stream, shape, plan, maps);
+  return launch_kernel(kernel_of(dtype, token_rows), {blocks, THREADS, bytes, true}, stream, shape, plan, maps);
 }
 
 } // namespace fused_mlp

@@ -39,7 +39,7 @@ constexpr int ROUND_PITCH = CONSUMERS + 4; // floats of one token's sums; 4 mod 
 constexpr int MOST_STAGE_BYTES = 90 * 1024; // larger stages leave too few for the ring
 constexpr int ENOUGH_STAGE_BYTES = 32 * 1024; // smaller ones are short copies
 constexpr int MOST_STAGE_CHUNKS = 8;
-constexpr int MOST_BLOCK_BYTES_OF_SMALL = 208 * 1024, MOST_RING_BYTES_OF_SMALL = 128 * 1024, MOST_TOKENS_OF_SMALL = 16;
+constexpr int MOST_RING_BYTES_OF_SMALL = 128 * 1024, MOST_TOKENS_OF_SMALL = 16;
 constexpr int PREFETCHED_STAGES = 2; // more delay the wait for the kernel before
 [[maybe_unused]] constexpr long long PATIENCE = 60000; // cycles, beyond twice what the block's own share took
 
@@ -224,11 +224,9 @@ __device__ __forceinline__ void produce(const Shape &shape, const RingPlan &plan
   auto ask_weights = [&](const Cursor &at) {
     ring.wait_until_empty();
     barrier_expect(ring.barrier(), groups_of(at) * second.group_distance);
-    copy_weights(ring, ring.at() + second_token_bytes, second, &maps.down, at.group * GROUP, groups_of(at), chunk_of(at),
-                 weights_policy);
-  };
-  auto ask_tokens = [&](const Cursor &at) {
     const int chunk = chunk_of(at);
+    copy_weights(ring, ring.at() + second_token_bytes, second, &maps.down, at.group * GROUP, groups_of(at), chunk,
+                 weights_policy);
     const bool pass_ends = at.stage + 1 == second.sum_stages;
     Stage &stage = stages[ring.slot];
     stage.flags = SECOND_LAYER | (at.stage == 0 ? PASS_BEGINS : 0) | (pass_ends ? PASS_ENDS : 0) |
@@ -236,8 +234,10 @@ __device__ __forceinline__ void produce(const Shape &shape, const RingPlan &plan
     stage.first_chunk_and_chunks = chunk << 16 | max(0, min(second.stage_chunks, depth_end - chunk));
     stage.begin = at.group * GROUP;
     stage.end = min((at.group + groups_of(at)) * GROUP, second.rows);
+  };
+  auto ask_tokens = [&](const Cursor &at) {
     barrier_arrive_expect(ring.barrier(), second_token_bytes);
-    copy_chunks(ring.at(), &maps.hidden, 0, chunk, ring.barrier(), tokens_policy);
+    copy_chunks(ring.at(), &maps.hidden, 0, chunk_of(at), ring.barrier(), tokens_policy);
   };
   const int stages_in_all = divide_up(row_end - row_begin, second.pass_groups) * second.sum_stages;
   const int ahead = min(plan.slots, stages_in_all);
@@ -354,9 +354,6 @@ inline LayerPlan plan_layer(int rows, int parts, int matrices, int chunks, int s
 
 using RingKernel = void (*)(Shape, RingPlan, Maps);
 
-// The tokens that a kernel is made for, to take so many.
-inline int token_rows_of(int tokens) { return tokens <= 8 ? 8 : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64; }
-
 // Shared memory for the sums of ROUND_TOKENS tokens.
 inline int exchange_bytes(int token_rows) {
   return (token_rows < ROUND_TOKENS ? token_rows : ROUND_TOKENS) * ROUND_PITCH * static_cast<int>(sizeof(float));
@@ -404,10 +401,8 @@ inline int launch_ring(RingKernel kernel, int threads, const Shape &shape, int d
   if (plan.second.share == 0)
     plan.sets = plan.second.remainder;
   // A ring that held nearly all of a block's weights would ask for down rows while others still wait for their first ones.
-  const long long block_bytes = 1ll * map_element_bytes(dtype) * (shape.gated ? 3 : 2) * shape.hidden_size *
-                                shape.intermediate_size / blocks;
   const int few = MOST_RING_BYTES_OF_SMALL / plan.slot_bytes < 3 ? 3 : MOST_RING_BYTES_OF_SMALL / plan.slot_bytes;
-  const bool small = token_rows <= MOST_TOKENS_OF_SMALL && block_bytes < MOST_BLOCK_BYTES_OF_SMALL;
+  const bool small = token_rows <= MOST_TOKENS_OF_SMALL && is_small(shape, dtype, blocks);
   if (small && plan.slots > few)
     plan.slots = few;
   // For the same reason blocks with more weights wait before they ask for down rows; small ones would ask too late.

@@ -75,6 +75,11 @@ template <class First_, class Second_> struct WideRing {
   __device__ unsigned command() const { return empty(SLOTS) + COMMAND_BYTES * slot; }
   // With the last stage of a tile of the first layer: whether the tile is ours.
   __device__ unsigned ours() const { return command() + 4; }
+  // For the producer, whose parity is that of `empty`: until what it asked for last has come.
+  __device__ void wait_until_all_come() const {
+    const bool first_slot = slot == 0;
+    barrier_wait(full(first_slot ? SLOTS - 1 : slot - 1), first_slot ? parity : parity ^ 1);
+  }
   __device__ void next() {
     if (++slot == SLOTS) {
       slot = 0;
@@ -101,6 +106,7 @@ struct WideArgs {
   WideLayer first, second;
   Counters *counters;
   int box_rows; // tokens, rounded up
+  bool first_layer_first; // as in decode_ring.cuh: a producer asks for down rows when its own gate and up rows have come
   Activation activation;
   float activation_param;
 };
@@ -184,6 +190,8 @@ template <class R> __device__ __forceinline__ void produce_wide(const WideArgs &
     copy_chunks(ring.rows(), &second.rows, 0, chunk_of(s), ring.full(ring.slot), again);
   };
   const int ahead = min(stages, static_cast<int>(R::SLOTS));
+  if (args.first_layer_first && has_tile && static_cast<int>(blockIdx.x) < first.tiles)
+    ring.wait_until_all_come();
   bool own = true;
   // A block without down rows waits for nobody.
   while (has_tile) {
@@ -459,10 +467,10 @@ struct WideVariant {
   bool gated;
   int first_columns, first_tile_columns, second_columns, split, parts;
   int (*resident)(int *blocks);
-  int (*enqueue)(const Shape &shape, int dtype, cudaStream_t stream);
+  int (*enqueue)(const Shape &shape, int dtype, bool first_layer_first, cudaStream_t stream);
 };
 
-template <class R> int enqueue_wide(const Shape &shape, int dtype, cudaStream_t stream) {
+template <class R> int enqueue_wide(const Shape &shape, int dtype, bool first_layer_first, cudaStream_t stream) {
   using A = typename R::First;
   using B = typename R::Second;
   int resident = 0, status = resident_blocks<R, wide_kernel<R>>(&resident);
@@ -504,6 +512,7 @@ template <class R> int enqueue_wide(const Shape &shape, int dtype, cudaStream_t 
   constexpr int PARTS = B::SPLIT * B::HELD;
   second.part_chunks = part_chunks(second.chunks, PARTS);
   args.counters = shape.counters;
+  args.first_layer_first = first_layer_first;
   args.activation = shape.activation;
   args.activation_param = static_cast<float>(shape.activation_param);
 
@@ -638,7 +647,9 @@ int launch_decode_wide(const Shape &shape, const FusedMlpArgs &args, const Devic
   const int status = remembered_choice(device, args, &tiles);
   if (status != FUSED_MLP_OK)
     return status;
-  return tiles ? tiles->enqueue(shape, args.dtype, stream) : FUSED_MLP_UNSUPPORTED;
+  if (!tiles)
+    return FUSED_MLP_UNSUPPORTED;
+  return tiles->enqueue(shape, args.dtype, !is_small(shape, args.dtype, decode_blocks(device)), stream);
 }
 
 } // namespace fused_mlp

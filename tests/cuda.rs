@@ -46,9 +46,10 @@ fn kernels(dtype: DType, (hidden, intermediate): (usize, usize)) -> Vec<Kernel> 
 }
 
 /// The most tokens of a launch.
-fn most_tokens(kernel: Kernel) -> usize {
+fn most_tokens(kernel: Kernel, (hidden, intermediate): (usize, usize)) -> usize {
     match kernel {
-        Kernel::DecodeResident => 8,
+        Kernel::DecodeResident if hidden < 1024 => (49152 / intermediate).min(32),
+        Kernel::DecodeResident => (49152 / intermediate).min(16),
         _ => usize::MAX,
     }
 }
@@ -68,7 +69,7 @@ fn every_kernel() -> Result<()> {
         for (hidden, intermediate) in [(72, 200), (128, 192)] {
             for kernel in kernels(dtype, (hidden, intermediate)) {
                 for (i, &activation) in Activation::ALL.iter().enumerate() {
-                    let tokens = [1, 3, 8, 12, 20, 64, 100][i % 7].min(most_tokens(kernel));
+                    let tokens = [1, 3, 8, 12, 20, 64, 100][i % 7].min(most_tokens(kernel, (hidden, intermediate)));
                     if GEMMS.contains(&kernel) && !GEMM.contains(&activation) {
                         continue;
                     }
@@ -103,7 +104,8 @@ fn small_models() -> Result<()> {
             let up = random.linear((intermediate, hidden), i % 2 == 0, dtype, device)?;
             let down = random.linear((out, intermediate), i % 3 != 1, dtype, device)?;
             for (j, &activation) in Activation::ALL.iter().enumerate() {
-                let tokens = 1 + j % 8;
+                let tokens =
+                    [1, 2, 5, 8, 9, 16, 17, 32][j % 8].min(most_tokens(Kernel::DecodeResident, (hidden, intermediate)));
                 let xs = random.normal(&[tokens, hidden], 1., dtype, device)?;
                 let what = format!("{hidden}x{intermediate} {activation} {tokens}");
                 let gate_up = match j % 3 {
@@ -211,7 +213,7 @@ fn rows_are_independent() -> Result<()> {
             let xs = random.normal(&[64, sizes.0], 1., dtype, device)?;
             for kernel in kernels(dtype, sizes).into_iter().filter(|k| DECODE.contains(k)) {
                 // What takes few tokens or some dozens is compared with what takes the others.
-                let most = most_tokens(kernel).min(64);
+                let most = most_tokens(kernel, sizes).min(64);
                 let whole = match kernel {
                     Kernel::DecodeResident | Kernel::DecodeWide => Kernel::DecodeHopper,
                     _ => kernel,
@@ -279,6 +281,8 @@ fn two_streams_at_once() -> Result<()> {
                 (11, Kernel::DecodeCluster),
                 (1, Kernel::DecodeResident),
                 (7, Kernel::DecodeResident),
+                (12, Kernel::DecodeResident),
+                (32, Kernel::DecodeResident),
                 (1, Kernel::DecodeHopper),
                 (40, Kernel::DecodeHopper),
                 (40, Kernel::DecodeWide),
@@ -290,7 +294,8 @@ fn two_streams_at_once() -> Result<()> {
                 (150, Kernel::GemmAmpere),
                 (150, Kernel::Matmul),
             ];
-            let takes = |tokens, kernel| kernels(dtype, sizes).contains(&kernel) && tokens <= most_tokens(kernel);
+            let takes =
+                |tokens, kernel| kernels(dtype, sizes).contains(&kernel) && tokens <= most_tokens(kernel, sizes);
             for (tokens, kernel) in some.into_iter().filter(|&(tokens, kernel)| takes(tokens, kernel)) {
                 let xs = random.normal(&[tokens, sizes.0], 1., dtype, &device)?;
                 let expected = kernel.with(|| module.forward(&xs))?;

@@ -37,6 +37,7 @@ fn graphs_replay() -> Result<()> {
         (DType::F32, Kernel::DecodeCluster, 7),
         (DType::BF16, Kernel::DecodeResident, 1),
         (DType::F16, Kernel::DecodeResident, 8),
+        (DType::BF16, Kernel::DecodeResident, 32),
         (DType::BF16, Kernel::DecodeHopper, 1),
         (DType::F16, Kernel::DecodeHopper, 64),
         (DType::BF16, Kernel::DecodeWide, 64),

@@ -509,7 +509,7 @@ int run_held() {
     for (int tokens : {1, 9, 20, 64})
       for (int held : {1, 60, path == FUSED_MLP_PATH_WIDE ? 100 : 131}) {
         // Few tokens of the smaller one run on decode_resident.cu.
-        const bool small = path == FUSED_MLP_PATH_AUTO && tokens == 1;
+        const bool small = path == FUSED_MLP_PATH_AUTO && tokens < 32;
         if (path == FUSED_MLP_PATH_AUTO && !small)
           continue;
         const int hidden = small ? 576 : 2048, intermediate = small ? 1536 : 2816;
@@ -573,7 +573,7 @@ int run_select(const std::string &name) {
     for (int t : {1, 9, 20, 64})
       select({dtype, dtype == FUSED_MLP_BF16, 256, 704, 136, t, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_HOPPER, false});
   for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F16})
-    for (int t : {1, 8})
+    for (int t : {1, 8, 13, 32})
       for (int gated : {0, 1})
         select({dtype, gated, 256, 1024, 136, t, 6, 0.f, 7, 0, 0, FUSED_MLP_PATH_RESIDENT, t == 8});
   select({FUSED_MLP_BF16, 1, 33, 65, 129, 5, 6, 0.f, 7, 1, 1, 0, true});
@@ -606,6 +606,7 @@ int run_stress(int launches) {
   int bad = 0;
   const Case cases[] = {{FUSED_MLP_BF16, 1, 576, 1536, 576, 1, 6, 0.f, 0, 0, 0, 0, false},
                         {FUSED_MLP_BF16, 1, 2048, 5632, 2048, 3, 6, 0.f, 7, 0, 0, 0, false},
+                        {FUSED_MLP_F16, 1, 576, 1536, 576, 20, 6, 0.f, 7, 0, 0, 0, false},
                         {FUSED_MLP_F16, 0, 768, 3072, 768, 64, 0, 0.f, 7, 0, 0, FUSED_MLP_PATH_HOPPER, false},
                         {FUSED_MLP_BF16, 1, 1024, 2816, 1024, 40, 6, 0.f, 7, 0, 0, 0, false},
                         {FUSED_MLP_F16, 0, 768, 3072, 768, 100, 0, 0.f, 7, 0, 0, FUSED_MLP_PATH_WIDE, false},
@@ -678,7 +679,7 @@ int run_stress(int launches) {
 int run_graph(int replays) {
   int bad = 0, graphs = 0;
   for (int dtype : {FUSED_MLP_BF16, FUSED_MLP_F32})
-    for (int tokens : {1, 40, 64, 100}) {
+    for (int tokens : {1, 16, 40, 64, 100}) {
       if (tokens == 100 && dtype == FUSED_MLP_F32)
         continue;
       ++graphs;

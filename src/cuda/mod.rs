@@ -36,8 +36,8 @@ pub enum Kernel {
     /// Both layers in one launch, each cluster of eight blocks for a few tokens by itself; from sm_90 on, for models of at most
     /// 131,072 weights, whatever their dtype and alignment.
     DecodeCluster,
-    /// Both layers in one launch, each multiprocessor's weights in its shared memory at once; on sm_90, for 1 to 8 tokens
-    /// of bf16 and f16 and small models whose weights fit there.
+    /// Both layers in one launch, each multiprocessor's weights in its shared memory at once; on sm_90, for 1 to 32 tokens
+    /// of bf16 and f16 and small models whose weights fit there, with the hidden rows of all tokens.
     DecodeResident,
     /// Both layers in one launch, tokens as the rows of the tensor cores' products; on sm_90, for some dozens of tokens of bf16
     /// and f16, where all rows lie on 16 bytes and are whole pieces of 128 bytes. A row has the bits that
