@@ -34,11 +34,15 @@ inline int decode_blocks(const DeviceFacts &device) {
 // The tokens that a kernel is made for, to take so many.
 inline int token_rows_of(int tokens) { return tokens <= 8 ? 8 : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64; }
 
+// Of an MLP whose output is as wide as its input.
+inline long long weights_of(bool gated, int hidden_size, int intermediate_size) {
+  return (gated ? 3ll : 2ll) * hidden_size * intermediate_size;
+}
 // Whether a block has few weights: what they take from memory hides little of a launch's latencies.
 inline bool is_small(const Shape &shape, int dtype, int blocks) {
   constexpr long long MOST_BLOCK_BYTES = 208 * 1024;
-  const int matrices = shape.gated ? 3 : 2;
-  return 1ll * matrices * map_element_bytes(dtype) * shape.hidden_size * shape.intermediate_size < MOST_BLOCK_BYTES * blocks;
+  const long long weights = weights_of(shape.gated, shape.hidden_size, shape.intermediate_size);
+  return weights * map_element_bytes(dtype) < MOST_BLOCK_BYTES * blocks;
 }
 
 #ifdef FUSED_MLP_HOPPER

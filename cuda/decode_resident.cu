@@ -30,7 +30,7 @@
 namespace fused_mlp {
 namespace {
 
-constexpr int THREADS = 256;            // two warpgroups: even and odd chunks
+constexpr int THREADS = 256; // two warpgroups: even and odd chunks
 constexpr int TILE_ROWS = 64;
 constexpr int TILE_GROUPS = TILE_ROWS / GROUP;
 constexpr int PARTS = 4; // of the second layer's depth
@@ -400,7 +400,7 @@ bool decode_resident_is_chosen(const FusedMlpArgs &args) {
   // Each block reads all hidden rows, which takes long where many weights leave room for one block alone.
   constexpr long long MOST_WEIGHTS = 7 << 20;
   constexpr int FEW_TOKENS = 8;
-  return args.tokens <= FEW_TOKENS || (args.gated ? 3ll : 2ll) * args.hidden_size * args.intermediate_size <= MOST_WEIGHTS;
+  return args.tokens <= FEW_TOKENS || weights_of(args.gated, args.hidden_size, args.intermediate_size) <= MOST_WEIGHTS;
 }
 
 int prepare_decode_resident(const DeviceFacts &device) {

@@ -45,7 +45,7 @@ fn kernels(dtype: DType, (hidden, intermediate): (usize, usize)) -> Vec<Kernel> 
     Kernel::ALL.into_iter().filter(takes).collect()
 }
 
-/// The most tokens of a launch.
+/// The most tokens of a launch. The small models' kernel has room for so many hidden elements, and fewer beside wide rows.
 fn most_tokens(kernel: Kernel, (hidden, intermediate): (usize, usize)) -> usize {
     match kernel {
         Kernel::DecodeResident if hidden < 1024 => (49152 / intermediate).min(32),
